@@ -1,0 +1,259 @@
+"""What a callback is, the events it can listen to, and the handler that calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from pytorch_accelerated.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+ACCEPTED_SPELLINGS = {
+    "on_training_run_start": "on_train_run_begin",
+    "on_train_epoch_start": "on_train_epoch_begin",
+    "on_train_step_start": "on_train_step_begin",
+    "on_eval_epoch_start": "on_eval_epoch_begin",
+    "on_eval_step_start": "on_eval_step_begin",
+    "on_training_run_end": "on_train_run_end",
+    "on_evaluation_run_start": "on_evaluation_run_begin",
+}
+"""How pytorch-accelerated 0.1.x spells events, and what they are called here."""
+
+
+class TrainerCallback:
+    """Listen to the events of a run; override what is of interest, the rest does nothing.
+
+    An event follows the hook of the same moment, on every process. Callbacks are called in list order. An exception
+    raised in one ends the run; ``StopTrainingError`` ends it in good order. Methods take ``**kwargs`` so that events
+    can grow.
+    """
+
+    name: str | None = None
+    """Tells instances of one class apart, in checkpoints and messages."""
+
+    def on_init_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the end of ``Trainer.__init__``."""
+
+    def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the beginning of a training run: loaders, scheduler and run configuration are there."""
+
+    def on_train_epoch_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the beginning of a pass over the training data."""
+
+    def on_train_step_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the moment before a training batch goes through the model."""
+
+    def on_train_step_end(self, trainer: Trainer, batch: Any, batch_output: dict[str, Any], **kwargs: Any) -> None:
+        """Listen to the loss of a training batch, before the backward pass: the weights have not moved yet."""
+
+    def on_optimizer_step_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the moment before an update: the gradients are summed, averaged and clipped."""
+
+    def on_train_update_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the end of an update: weights and learning rate have moved, the gradients are gone."""
+
+    def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the end of a pass over the training data: its metrics are in the history."""
+
+    def on_eval_epoch_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the beginning of a pass over an evaluation set."""
+
+    def on_eval_step_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the moment before an evaluation batch goes through the model."""
+
+    def on_eval_step_end(self, trainer: Trainer, batch: Any, batch_output: dict[str, Any], **kwargs: Any) -> None:
+        """Listen to the loss of an evaluation batch."""
+
+    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the end of a pass over an evaluation set: its metrics are in the history."""
+
+    def on_train_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the end of a training run, also of one that failed."""
+
+    def on_evaluation_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the beginning of ``Trainer.evaluate``."""
+
+    def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the end of ``Trainer.evaluate``, also of one that failed."""
+
+    def on_prediction_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the beginning of ``Trainer.predict``."""
+
+    def on_predict_epoch_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the beginning of the pass over the data to predict."""
+
+    def on_predict_step_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the moment before a batch to predict goes through the model."""
+
+    def on_predict_step_end(self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any) -> None:
+        """Listen to the predictions for a batch."""
+
+    def on_predict_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the end of the pass over the data to predict."""
+
+    def on_prediction_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to the end of ``Trainer.predict``, also of one that failed."""
+
+    def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen to a request to end training early (``StopTrainingError``)."""
+
+    def on_exception(self, trainer: Trainer, exception: BaseException, **kwargs: Any) -> None:
+        """Listen to any other exception, which ends the run and is raised once the callbacks have heard of it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must survive an interruption: plain dicts, lists, numbers, strings, tensors."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what ``state_dict`` returned before the interruption."""
+
+
+EVENTS = tuple(name for name in vars(TrainerCallback) if name.startswith("on_"))
+"""The names of all events of the library, in the order of a run."""
+
+
+class CallbackHandler:
+    """Hold the callbacks of a trainer and call those that listen to an event, in list order."""
+
+    def __init__(
+        self, callbacks: Iterable[TrainerCallback | type[TrainerCallback]], events: Iterable[str] = EVENTS
+    ) -> None:
+        """Check and register ``callbacks``.
+
+        Args:
+            callbacks: instances, or classes of which one instance each is made.
+            events: the names of all events.
+
+        Raises:
+            TypeError: if something in ``callbacks`` is no callback.
+            ValueError: if a callback has an ``on_*`` method for which there is no event.
+        """
+        self.callbacks: list[TrainerCallback] = []
+        self._listeners: dict[str, list[Callable[..., None]]] = {event: [] for event in events}
+        self.add_callbacks(callbacks)
+
+    def __iter__(self) -> Iterator[TrainerCallback]:
+        """Iterate over the callbacks in the order in which they are called."""
+        return iter(self.callbacks)
+
+    def add_callbacks(self, callbacks: Iterable[TrainerCallback | type[TrainerCallback]]) -> None:
+        """Append several callbacks; see ``add_callback``."""
+        for callback in callbacks:
+            self.add_callback(callback)
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Append a callback. Several instances of one class may be there at once.
+
+        Raises:
+            TypeError: if it is no callback.
+            ValueError: if it has an ``on_*`` method for which there is no event.
+        """
+        instance = callback() if isinstance(callback, type) else callback
+        if not isinstance(instance, TrainerCallback):
+            raise TypeError(f"a callback must be a TrainerCallback (an instance or a class), got {callback!r}.")
+        listeners = self._find_listeners(instance)
+        self.callbacks.append(instance)
+        for event, method in listeners.items():
+            self._listeners[event].append(method)
+
+    def remove_callback(self, callback: TrainerCallback) -> None:
+        """Take a callback out. Raises ValueError if it is not there."""
+        remaining = list(self.callbacks)
+        remaining.remove(callback)
+        self.clear_callbacks()
+        self.add_callbacks(remaining)
+
+    def clear_callbacks(self) -> None:
+        """Take all callbacks out."""
+        self.callbacks.clear()
+        for listeners in self._listeners.values():
+            listeners.clear()
+
+    def _find_listeners(self, callback: TrainerCallback) -> dict[str, Callable[..., None]]:
+        listeners: dict[str, Callable[..., None]] = {}
+        for name in dir(callback):
+            if not name.startswith("on_") or not callable(getattr(callback, name)):
+                continue
+            event = ACCEPTED_SPELLINGS.get(name, name)
+            if event not in self._listeners:
+                known = [*self._listeners, *ACCEPTED_SPELLINGS]
+                raise ValueError(
+                    f"{type(callback).__name__} has a method {name!r}, but there is no such event, so it would never "
+                    f"be called."
+                    f"{did_you_mean(name, known)} The events are: {', '.join(self._listeners)}. For an event of your "
+                    f"own, add its name to EVENTS of "
+                    f"your Trainer subclass."
+                )
+            method = getattr(callback, name)
+            inherited = vars(TrainerCallback).get(name)
+            if inherited is not None and getattr(method, "__func__", None) is inherited:
+                continue  # not overridden: nobody listens
+            if event in listeners and listeners[event] != method:
+                raise ValueError(
+                    f"{type(callback).__name__} has two methods for the event {event!r}; {name!r} is its old spelling."
+                )
+            listeners[event] = method
+        return listeners
+
+    def call_event(self, event: str, trainer: Trainer, **kwargs: Any) -> None:
+        """Call the callbacks that listen to ``event``.
+
+        Args:
+            event: the name of the event.
+            trainer: passed to each callback.
+            **kwargs: passed to each callback.
+
+        Raises:
+            KeyError: if there is no such event.
+        """
+        for listener in self._listeners[event]:
+            listener(trainer, **kwargs)
+
+    def call_event_after_failure(self, event: str, trainer: Trainer, error: BaseException, **kwargs: Any) -> None:
+        """Call all callbacks that listen to ``event`` while ``error`` is on its way.
+
+        What they raise themselves becomes a note of ``error``, so that neither hides it nor keeps others from hearing
+        of it.
+        """
+        for listener in self._listeners[event]:
+            try:
+                listener(trainer, **kwargs)
+            except Exception as second:
+                owner = type(getattr(listener, "__self__", listener)).__name__
+                error.add_note(
+                    f"pytorch_accelerated: {owner}.{event} failed as well: {type(second).__name__}: {second}"
+                )
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the states of the callbacks that have one, keyed by class, name and, where these repeat, position."""
+        return {key: state for key, callback in self._keyed() if (state := callback.state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, dict[str, Any]]) -> None:
+        """Give each callback its state back; a callback without one in ``state_dict`` is left as it is."""
+        for key, callback in self._keyed():
+            if key in state_dict:
+                callback.load_state_dict(state_dict[key])
+
+    def _keyed(self) -> Iterator[tuple[str, TrainerCallback]]:
+        seen: dict[str, int] = {}
+        for callback in self.callbacks:
+            key = type(callback).__qualname__ + (f":{callback.name}" if callback.name else "")
+            seen[key] = seen.get(key, 0) + 1
+            yield (key if seen[key] == 1 else f"{key}#{seen[key]}"), callback
+
+
+class LambdaCallback(TrainerCallback):
+    """Call functions at events, without a class of one's own."""
+
+    def __init__(self, **functions: Callable[..., None]) -> None:
+        """Take functions by event: ``LambdaCallback(on_train_epoch_end=lambda trainer, **kwargs: ...)``.
+
+        Raises:
+            TypeError: if a name is no event's, or a value is no function.
+        """
+        for name, function in functions.items():
+            if not name.startswith("on_") or not callable(function):
+                raise TypeError(f"LambdaCallback takes on_*=function, got {name}={function!r}.")
+            setattr(self, name, function)

@@ -1,0 +1,293 @@
+"""Reasons to end a run, or to leave out an update: numbers that are not numbers, and metrics that no longer improve."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pytorch_accelerated import distributed
+from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.engine import raw_optimizer
+from pytorch_accelerated.errors import NonFiniteError, StopTrainingError
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+Policy = Literal["raise", "stop", "skip"]
+
+
+class TerminateOnNaNCallback(TrainerCallback):
+    """Keep losses and gradients that are infinite or NaN away from the weights.
+
+    Each update is checked before the optimizer moves: the losses of its window and the summed gradients, over all
+    processes, so that all act together. On the CPU the answer is there at once and a bad update is never made. A device
+    that runs ahead of the host is not waited for: there the answer is read every ``read_every_n_updates`` updates and
+    at the end of each epoch, and until then a bad update is undone on the device: optimizers made with ``fused=True``
+    leave weights and state untouched; for all others the gradients are set to zero, so that momentum and weight decay
+    still act once. With an fp16 gradient scaler the gradients are the scaler's affair, which skips such updates by
+    itself, and only the losses are checked.
+
+    Policies:
+        ``"raise"``: end the run with ``NonFiniteError``, which names epoch, step, loss, learning rate and process.
+        ``"stop"``: print the same words and end the run in good order.
+        ``"skip"``: leave the update out, print the same words, count it in ``trainer.num_skipped_updates``, and go on.
+        The learning rate schedule does not advance. Where answers are read late, the update counts as made when the
+        schedule advances, and is added to ``num_skipped_updates`` when it is read.
+    """
+
+    def __init__(self, policy: Policy = "raise", read_every_n_updates: int | None = None) -> None:
+        """Take a policy and how often to look.
+
+        Args:
+            policy: what to do about it.
+            read_every_n_updates: updates between two looks at the answer; None for 1 on the CPU and 50 elsewhere.
+
+        Raises:
+            ValueError: if the policy is unknown or the interval below one.
+        """
+        if policy not in get_args(Policy):
+            raise ValueError(f"policy must be one of {get_args(Policy)}, got {policy!r}.")
+        if read_every_n_updates is not None and read_every_n_updates < 1:
+            raise ValueError(f"read_every_n_updates must be at least 1, got {read_every_n_updates}.")
+        self.policy = policy
+        self.read_every_n_updates = read_every_n_updates
+
+    def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Prepare the flags on the device."""
+        device = trainer.device
+        self._interval = self.read_every_n_updates or (1 if device.type == "cpu" else 50)
+        self._parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        self._checks_gradients = trainer.accelerator.scaler is None
+        self._one = torch.ones((), device=device)
+        self._losses: Tensor | None = None
+        self._num_bad = torch.zeros((), device=device)
+        self._first_bad_update = torch.full((), -1, dtype=torch.int64, device=device)
+        self._first_bad_loss = torch.zeros((), device=device)
+
+    def on_train_step_end(self, trainer: Trainer, batch: Any, batch_output: dict[str, Any], **kwargs: Any) -> None:
+        """Add the loss of the batch to those of its window."""
+        loss = batch_output["loss"].detach()
+        self._losses = loss if self._losses is None else self._losses + loss
+
+    def on_optimizer_step_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Check the update that is about to be made."""
+        losses, self._losses = self._losses, None
+        assert losses is not None, "an update follows at least one step"
+        gradients = [_local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+        found = self._find_non_finite([*(gradients if self._checks_gradients else ()), losses.clone()])
+        if trainer.run_config.num_processes > 1:
+            found = distributed.reduce_sum(trainer.accelerator, found).clamp_(max=1)
+        if self._interval > 1:
+            self._undo_on_the_device(trainer, found, gradients, losses)
+        elif found.item():  # on the CPU this waits for nothing; elsewhere the user asked for every update
+            self._act(trainer, trainer.num_updates, losses)
+            trainer.skip_update()
+
+    def on_train_update_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Read the flags if it is time."""
+        if self._interval > 1 and trainer.num_updates % self._interval == 0:
+            self._read(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Read the flags of the last updates."""
+        if self._interval > 1:
+            self._read(trainer)
+
+    def on_train_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Let go of the optimizer and of the parameters."""
+        for name in ("found_inf", "grad_scale"):
+            vars(raw_optimizer(trainer.optimizer)).pop(name, None)
+        self._parameters = []
+
+    def _find_non_finite(self, tensors: list[Tensor]) -> Tensor:
+        """Return 1.0 if an element of ``tensors`` is not finite, else 0.0, as a scalar tensor on the device."""
+        found = torch.zeros_like(self._one)
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            groups.setdefault(tensor.dtype, []).append(tensor)
+        for group in groups.values():
+            # The kernel of torch's own GradScaler: one pass over all gradients, which it multiplies by one.
+            torch._amp_foreach_non_finite_check_and_unscale_(group, found, self._one)
+        return found
+
+    def _undo_on_the_device(self, trainer: Trainer, found: Tensor, gradients: list[Tensor], losses: Tensor) -> None:
+        is_first = (found > 0) & (self._first_bad_update < 0)
+        self._first_bad_update = torch.where(is_first, trainer.num_updates, self._first_bad_update)
+        self._first_bad_loss = torch.where(is_first, losses.float(), self._first_bad_loss)
+        self._num_bad += found
+        optimizer = raw_optimizer(trainer.optimizer)
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf, optimizer.grad_scale = found, None
+        else:
+            is_bad = found.bool()
+            for gradient in gradients:
+                gradient.masked_fill_(is_bad, 0.0)
+
+    def _read(self, trainer: Trainer) -> None:
+        num_bad = int(self._num_bad.item())  # waits for the device: a log point
+        if num_bad:
+            trainer.run_history.counters.num_skipped_updates += num_bad
+            first, loss = int(self._first_bad_update.item()), self._first_bad_loss
+            self._num_bad.zero_()
+            self._first_bad_update.fill_(-1)
+            self._act(trainer, first, loss, num_bad)
+
+    def _act(self, trainer: Trainer, num_updates: int, losses: Tensor, num_bad: int = 1) -> None:
+        # Collective: all processes found the same, and come here together.
+        by_process = distributed.gather(trainer.accelerator, losses.float()).tolist()  # waits for the device
+        culprits = [number for number, loss in enumerate(by_process) if not math.isfinite(loss)]
+        if culprits:
+            what = ", ".join(f"loss {by_process[number]} on process {number}" for number in culprits)
+        else:
+            what = f"loss {by_process[0]}, but a gradient is not finite"
+            names = (name for name, parameter in trainer.get_model().named_parameters() if _is_bad(parameter.grad))
+            what += f" ({name})" if (name := next(names, None)) else ""
+        rates = sorted({float(group["lr"]) for group in raw_optimizer(trainer.optimizer).param_groups})
+        message = (
+            f"numbers that are not finite: {what}; epoch {trainer.current_epoch}, step {trainer.num_steps + 1}, update "
+            f"{num_updates + 1}, lr {', '.join(f'{rate:g}' for rate in rates)}, {len(by_process)} process(es)."
+        )
+        if num_bad > 1:
+            message += f" {num_bad} updates since the last look were so; this is the first."
+        if self.policy == "raise":
+            raise NonFiniteError(
+                f"{message} The weights are finite: they were left as they were. Usual causes: a learning rate that "
+                f"is too "
+                f"high, a division by zero or a logarithm of zero in the loss, NaN in the data. To go on without such "
+                f"updates: "
+                f"TerminateOnNaNCallback(policy='skip')."
+            )
+        trainer.print(message)
+        if self.policy == "stop":
+            raise StopTrainingError(message)
+
+
+def _local(gradient: Tensor) -> Tensor:
+    if gradient.is_sparse:
+        return gradient._values()  # coalesced or not, these are what will be added to the weights
+    if gradient.is_complex():
+        return torch.view_as_real(gradient)
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient  # a DTensor of FSDP2 has to_local
+
+
+def _is_bad(gradient: Tensor | None) -> bool:
+    return gradient is not None and not bool(torch.isfinite(_local(gradient)).all())  # waits: the run is about to end
+
+
+class EarlyStoppingCallback(TrainerCallback):
+    """End training when a metric has stopped getting better."""
+
+    def __init__(
+        self,
+        early_stopping_patience: int = 1,
+        early_stopping_threshold: float = 0.0,
+        watch_metric: str = "eval_loss_epoch",
+        greater_is_better: bool | None = None,
+        reset_on_train: bool = True,
+    ) -> None:
+        """Take what to watch and how long to wait.
+
+        Args:
+            early_stopping_patience: how many new values in a row may fail to improve before training ends.
+            early_stopping_threshold: by how much a value must beat the best one to count as better, in units of the
+                metric.
+            watch_metric: name of the metric in the run history. A NaN never counts as better.
+            greater_is_better: the direction; may be left out only for the trainer's own losses.
+            reset_on_train: whether a new training run forgets the best value.
+
+        Raises:
+            ValueError: if the direction is missing, the patience is below one, or the threshold is negative.
+        """
+        if greater_is_better is None:
+            if not watch_metric.endswith("loss_epoch"):
+                raise ValueError(
+                    f"EarlyStoppingCallback(watch_metric={watch_metric!r}) needs greater_is_better=True or False: "
+                    f"which values "
+                    f"are good cannot be told from a name."
+                )
+            greater_is_better = False
+        if early_stopping_patience < 1 or early_stopping_threshold < 0:
+            raise ValueError(
+                f"early_stopping_patience must be at least 1 and early_stopping_threshold at least 0, got "
+                f"{early_stopping_patience} and {early_stopping_threshold}."
+            )
+        self.early_stopping_patience = early_stopping_patience
+        self.early_stopping_threshold = early_stopping_threshold
+        self.watch_metric = watch_metric
+        self.greater_is_better = greater_is_better
+        self.reset_on_train = reset_on_train
+        self.best_value: float | None = None
+        self.num_worse = 0
+        self._num_seen = 0
+        self._is_first_epoch = True
+
+    def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Forget the best value, and check that the metric can appear. Raises ValueError if it cannot."""
+        if self.reset_on_train:
+            self.best_value, self.num_worse = None, 0
+        self._is_first_epoch = True
+        self._num_seen = self._num_values(trainer)
+        if self.watch_metric.startswith("eval_") and trainer.eval_dataset is None:
+            raise ValueError(f"EarlyStoppingCallback watches {self.watch_metric!r}, but train() got no eval_dataset.")
+
+    def on_train_epoch_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Check that the metric has appeared in the first epoch. Raises ValueError if not."""
+        is_first, self._is_first_epoch = self._is_first_epoch, False
+        if is_first or self._num_values(trainer) or not trainer.accelerator.is_main_process:
+            return
+        names = sorted(trainer.run_history.get_metric_names())
+        raise ValueError(
+            f"EarlyStoppingCallback watches {self.watch_metric!r}, which the first epoch did not record: {names}."
+        )
+
+    def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Look for a new value. Raises StopTrainingError when it is time to stop."""
+        message = None
+        if trainer.accelerator.is_main_process and self._num_values(trainer) > self._num_seen:
+            self._num_seen = self._num_values(trainer)
+            message = self._judge(float(trainer.run_history.get_latest_metric(self.watch_metric)))
+        # Collective: a metric recorded on one process only must not part the ways of the processes.
+        message, state, self._num_seen = distributed.broadcast_from_main(
+            trainer.accelerator, (message, self.state_dict(), self._num_seen)
+        )
+        self.load_state_dict(state)
+        if message is not None:
+            trainer.print(message)
+            raise StopTrainingError(message)
+
+    on_eval_epoch_end = on_train_epoch_end
+
+    def _num_values(self, trainer: Trainer) -> int:
+        history = trainer.run_history
+        return (
+            len(history.get_metric_values(self.watch_metric)) if self.watch_metric in history.get_metric_names() else 0
+        )
+
+    def _judge(self, value: float) -> str | None:
+        if self.best_value is None:
+            is_better = not math.isnan(value)
+        else:
+            gain = value - self.best_value if self.greater_is_better else self.best_value - value
+            is_better = gain > self.early_stopping_threshold
+        if is_better:
+            self.best_value, self.num_worse = value, 0
+            return None
+        self.num_worse += 1
+        if self.num_worse < self.early_stopping_patience:
+            return None
+        return (
+            f"Stopping early: {self.watch_metric} has not improved on {self.best_value} by more than "
+            f"{self.early_stopping_threshold} in {self.num_worse} evaluation(s), last value {value}."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value and how often it was missed since."""
+        return {"best_value": self.best_value, "num_worse": self.num_worse}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the best value and how often it was missed since."""
+        self.best_value = state_dict["best_value"]
+        self.num_worse = state_dict["num_worse"]

@@ -1,0 +1,291 @@
+"""Work that concerns several processes: gathering, reducing, agreeing, taking turns, and failing together."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate import notebook_launcher as notebook_launcher
+from accelerate.utils import broadcast_object_list, gather_object, recursively_apply
+from torch import Tensor
+
+from pytorch_accelerated.errors import LaunchError, ProcessFailedError
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric, MetricCollection
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_MAX_DIMS = 8
+_FAILURE_KEY = "pytorch_accelerated/failure"
+_SECONDS_TO_WAIT_FOR_A_FAILURE = 3.0
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Refuse to run when a launcher started several processes that Accelerate does not know of.
+
+    Raises:
+        LaunchError: if ``WORLD_SIZE`` is above one and Accelerate counts one process. Each would take itself for the
+            only one, train on all the data, and write the same files.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and accelerator.num_processes == 1:
+        raise LaunchError(
+            f"the launcher started WORLD_SIZE={world_size} processes, but Accelerate counts 1: each of them would "
+            f"train on its "
+            f"own. On a machine without GPUs, tell Accelerate to use the CPU: ACCELERATE_USE_CPU=true accelerate "
+            f"launch "
+            f"--multi_gpu --num_processes {world_size} --num_machines 1 --mixed_precision no --dynamo_backend no "
+            f"script.py, "
+            f"or ACCELERATE_USE_CPU=true torchrun --nproc_per_node {world_size} script.py. On a machine with GPUs, "
+            f"check that "
+            f"torch.cuda.is_available() and that there are {world_size} of them."
+        )
+
+
+def gather(accelerator: Accelerator, data: Any, padding_value: float | None = None, contributes: bool = True) -> Any:
+    """Return the rows of ``data`` of all processes, joined in the order of the processes, on every process.
+
+    Collective: every process must call it. The numbers of rows may differ between processes, and may be zero. With
+        several
+    processes this waits for the device, because the shapes must be known on the host.
+
+    Args:
+        accelerator: the processes.
+        data: a tensor of shape ``(N, ...)``, or a nested tuple, list or dict of such. A scalar counts as one row. A
+            list without any tensor is taken for N rows of Python objects.
+        padding_value: what to fill up with where other dimensions than the first differ between processes.
+        contributes: whether this process's rows are wanted; if not, it only helps to gather those of the others.
+
+    Raises:
+        ValueError: if other dimensions than the first differ and no ``padding_value`` was given, or if the numbers of
+            dimensions differ; on all processes alike.
+    """
+    if isinstance(data, Tensor):
+        return _gather_tensor(accelerator, data, padding_value, contributes)
+    if isinstance(data, Mapping):
+        return _rebuild(
+            data, {key: gather(accelerator, value, padding_value, contributes) for key, value in data.items()}
+        )
+    if isinstance(data, list | tuple) and _has_tensor(data):
+        return _rebuild(data, [gather(accelerator, value, padding_value, contributes) for value in data])
+    rows = list(data) if isinstance(data, list | tuple) else [data]
+    joined: list[Any] = gather_object(rows if contributes else [])
+    return joined
+
+
+def to_host(data: Any) -> Any:
+    """Return ``data`` with the tensors of its nested structure on the CPU, which waits for the device."""
+    return recursively_apply(lambda tensor: tensor.cpu(), data)  # the caller asks for exactly this wait
+
+
+def concatenate(parts: list[Any]) -> Any:
+    """Return nested structures of the same kind joined along the first dimension of their tensors, lists end to end.
+
+    Raises:
+        ValueError: if there are no parts, or if tensors differ in other dimensions than the first.
+    """
+    if not parts:
+        raise ValueError("there is nothing to join: the data gave no batch.")
+    first = parts[0]
+    if isinstance(first, Tensor):
+        if len({part.shape[1:] for part in parts}) > 1:
+            shapes = sorted({tuple(part.shape[1:]) for part in parts})
+            raise ValueError(
+                f"the outputs of different batches cannot be joined, their shapes after the first dimension are "
+                f"{shapes}. Override "
+                f"calculate_predictions to return outputs of one shape, for example padded to a fixed length."
+            )
+        return torch.cat(parts)
+    if isinstance(first, Mapping):
+        return _rebuild(first, {key: concatenate([part[key] for part in parts]) for key in first})
+    if _has_tensor(first):
+        return _rebuild(first, [concatenate(list(values)) for values in zip(*parts, strict=True)])
+    return [row for part in parts for row in part]
+
+
+def _has_tensor(data: Any) -> bool:
+    if isinstance(data, Mapping):
+        return any(_has_tensor(value) for value in data.values())
+    return isinstance(data, Tensor) or (isinstance(data, list | tuple) and any(_has_tensor(value) for value in data))
+
+
+def _rebuild(like: Any, content: Any) -> Any:
+    """Return ``content`` in the container type of ``like``."""
+    if isinstance(like, Mapping):
+        return content if type(like) is dict else type(like)(**content)  # Hugging Face's ModelOutput is such a mapping
+    return type(like)(*content) if hasattr(like, "_fields") else type(like)(content)  # a named tuple has _fields
+
+
+def _gather_tensor(accelerator: Accelerator, tensor: Tensor, padding_value: float | None, contributes: bool) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.ndim == 0:
+        tensor = tensor[None]
+    if not contributes:
+        tensor = tensor[:0]
+    if accelerator.num_processes == 1:
+        return tensor
+    if tensor.ndim > _MAX_DIMS:
+        raise ValueError(f"gather takes tensors of at most {_MAX_DIMS} dimensions, got shape {tuple(tensor.shape)}.")
+    tensor = tensor.to(accelerator.device).contiguous()
+    # Unequal shapes abort the process (gloo) or hang (NCCL), so the shapes go first; reading them waits for the device.
+    header = [tensor.ndim, *tensor.shape] + [0] * (_MAX_DIMS - tensor.ndim)
+    headers = accelerator.gather(torch.tensor([header], device=accelerator.device)).tolist()
+    shapes = [tuple(row[1 : 1 + row[0]]) for row in headers]
+    if len({len(shape) for shape in shapes}) > 1 or (
+        padding_value is None and len({shape[1:] for shape in shapes}) > 1
+    ):
+        raise ValueError(
+            f"gather got tensors that do not fit together, by process: {shapes}. All must have the same number of "
+            f"dimensions, "
+            f"and may differ in other dimensions than the first only if a padding_value is given."
+        )
+    largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    if largest[0] == 0:
+        return tensor.new_empty(largest)
+    if list(tensor.shape) != largest:
+        padded = tensor.new_full(largest, 0 if padding_value is None else padding_value)
+        padded[tuple(slice(size) for size in tensor.shape)] = tensor
+        tensor = padded
+    joined = accelerator.gather(tensor)
+    rows = [joined[number * largest[0] :][: shape[0]] for number, shape in enumerate(shapes)]
+    return torch.cat(rows)
+
+
+def reduce_sum(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """Return the sum of ``tensor`` over all processes, without waiting for the device. Collective."""
+    return tensor if accelerator.num_processes == 1 else accelerator.reduce(tensor, reduction="sum")
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Return, on every process alike, whether ``flag`` is true on at least one. Collective; waits for the device."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item() > 0)
+
+
+def broadcast_from_main(accelerator: Accelerator, value: T) -> T:
+    """Return the main process's ``value`` on every process. Collective; ``value`` must be picklable."""
+    if accelerator.num_processes == 1:
+        return value
+    result: T = broadcast_object_list([value])[0]
+    return result
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator, local: bool = False) -> Iterator[None]:
+    """Run the block on the main process, then on the others; a failure on one does not leave the others waiting.
+
+    Args:
+        accelerator: the processes that take turns.
+        local: whether to let one process of each machine go first instead of one in all.
+    """
+    first = accelerator.is_local_main_process if local else accelerator.is_main_process
+    if not first:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if first:
+            accelerator.wait_for_everyone()
+
+
+def main_process_only(function: Callable[P, T]) -> Callable[P, T | None]:
+    """Let only the main process run the function; the others wait for it and get None.
+
+    When the function raises, the main process raises the error once the others have stopped waiting.
+    """
+    return _only_where(function, local=False)
+
+
+def local_main_process_only(function: Callable[P, T]) -> Callable[P, T | None]:
+    """Let only one process of each machine run the function; the others wait for it and get None.
+
+    When the function raises, that process raises the error once the others have stopped waiting.
+    """
+    return _only_where(function, local=True)
+
+
+def _only_where(function: Callable[P, T], local: bool) -> Callable[P, T | None]:
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        state = PartialState()
+        try:
+            chosen = state.is_local_main_process if local else state.is_main_process
+            return function(*args, **kwargs) if chosen else None
+        finally:
+            state.wait_for_everyone()
+
+    return wrapper
+
+
+def fill_empty_states(metric: Metric | MetricCollection) -> None:
+    """Give the list states of a metric that saw no sample on this process the type and shape they have elsewhere.
+
+    Torchmetrics 1.9 sends an empty state as a one-dimensional float32 tensor, which breaks the exchange when the others
+    send integers or matrices. Remove when its ``_sync_dist`` learns the type from the other processes. Collective.
+    """
+    from torchmetrics import Metric
+
+    for part in metric.modules():
+        if not isinstance(part, Metric):
+            continue
+        lists = {name: state for name, state in part.metric_state.items() if isinstance(state, list)}
+        mine = {name: (state[0].dtype, tuple(state[0].shape[1:])) for name, state in lists.items() if state}
+        theirs: dict[str, Any] = {}
+        for states in gather_object([mine]):
+            theirs.update(states)
+        for name, state in lists.items():
+            if not state and name in theirs:
+                dtype, shape = theirs[name]
+                state.append(torch.empty((0, *shape), dtype=dtype, device=part.device))
+
+
+def report_failure(accelerator: Accelerator, error: BaseException) -> None:
+    """Leave word of a failure for the other processes, which will only see that the connection broke."""
+    if accelerator.num_processes > 1 and dist.is_initialized() and not _is_lost_connection(error):
+        message = f"{type(error).__name__}: {error}"
+        # Where the store went with its process, nothing is lost: the error itself is about to be raised and seen.
+        with suppress(RuntimeError, ValueError):
+            _store().set(_FAILURE_KEY, f"{accelerator.process_index}\n{message}")
+
+
+def peer_failure(accelerator: Accelerator, error: BaseException) -> ProcessFailedError | None:
+    """Return the error to raise in place of ``error`` if that only says that another process is gone, else None."""
+    if accelerator.num_processes == 1 or not _is_lost_connection(error):
+        return None
+    deadline = time.monotonic() + _SECONDS_TO_WAIT_FOR_A_FAILURE
+    try:
+        while not _store().check([_FAILURE_KEY]):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.05)
+        process, message = _store().get(_FAILURE_KEY).decode().split("\n", 1)
+    except (RuntimeError, ValueError):  # the store went with its process
+        return None
+    return ProcessFailedError(
+        f"process {process} of {accelerator.num_processes} failed, so process {accelerator.process_index} cannot go "
+        f"on. "
+        f"The error of process {process}, whose traceback it prints itself: {message}"
+    )
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    # gloo raises plain RuntimeErrors; NCCL's have a type of their own.
+    signs = ("Connection closed by peer", "Connection reset by peer", "connection was closed", "Broken pipe")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign.lower() in str(error).lower() for sign in signs)
+    )
+
+
+def _store() -> Any:
+    # There is no public way to the store that torch keeps for its own rendezvous; drop when torch offers one.
+    return dist.distributed_c10d._get_default_store()

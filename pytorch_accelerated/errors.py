@@ -1,0 +1,123 @@
+"""The exceptions that the library raises on its own account.
+
+::
+
+    Exception
+    └── TrainerError
+        ├── StopTrainingError      a request to end training early and in good order
+        ├── BatchError             a batch, or what a hook made of it, is not what was expected
+        ├── NonFiniteError         a loss or a gradient is infinite or not a number
+        ├── LaunchError            the processes of the launcher and those of Accelerate differ
+        └── ProcessFailedError     another process failed, which is why this one cannot go on
+
+Wrong arguments raise the built-in ``ValueError`` or ``TypeError``. Exceptions of the user's own code keep their type
+and traceback and receive a note that says where in the run they happened.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrainerError(Exception):
+    """Be the common ancestor of the exceptions of this library."""
+
+
+class StopTrainingError(TrainerError):
+    """Ask the trainer to end the training run in good order.
+
+    Raise it from any hook or callback, on every process alike. The trainer ends the run as if its last epoch were over.
+    """
+
+
+class BatchError(TrainerError, TypeError):
+    """Report a batch that the default hooks cannot use, or a hook that returned something unusable for it."""
+
+
+class NonFiniteError(TrainerError, ArithmeticError):
+    """Report a loss or a gradient that is infinite or not a number."""
+
+
+class LaunchError(TrainerError, RuntimeError):
+    """Report that a launcher started several processes which do not know of each other."""
+
+
+class ProcessFailedError(TrainerError, RuntimeError):
+    """Report the failure of another process of the same run."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a sentence, with a leading space, that proposes the known name most like ``name``; empty if none is."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+_SYNONYMS = {
+    "begin": "start",
+    "training": "train",
+    "val": "eval",
+    "valid": "eval",
+    "validation": "eval",
+    "evaluation": "eval",
+    "compute": "calculate",
+    "calc": "calculate",
+    "loader": "dataloader",
+    "dl": "dataloader",
+    "grad": "gradient",
+    "grads": "gradients",
+}
+
+
+_FORMER_HOOKS = {"training_run_epoch_end": "eval_epoch_end"}  # of the published library: no hook of ours has its moment
+
+
+def refuse_near_misses(owner: type, base: type, hooks: Iterable[str], events: Iterable[str]) -> None:
+    """Refuse a subclass with a method that would never be called, because its name is almost a hook's or is an event's.
+
+    Almost a hook's is a name that differs by at most two typing errors, or by another word for the same thing (begin
+    for start, val for eval). Names that merely look alike are left alone, as are those that begin with an underscore.
+
+    Raises:
+        ValueError: if there is such a method.
+    """
+    for subclass in owner.__mro__[: owner.__mro__.index(base)]:
+        for name, method in vars(subclass).items():
+            if name.startswith("_") or hasattr(base, name) or not callable(method):
+                continue
+            if name in events:
+                raise ValueError(
+                    f"{subclass.__name__}.{name} has the name of an event, which only callbacks hear. Override a hook "
+                    f"instead: "
+                    f"{', '.join(hooks)}."
+                )
+            hook = _FORMER_HOOKS.get(name) or _find_near_miss(name, hooks)
+            if hook is not None:
+                raise ValueError(
+                    f"{subclass.__name__}.{name} is no hook and would never be called. Did you mean {hook!r}? If it "
+                    f"is a helper of "
+                    f"your own, begin its name with an underscore. The hooks are: {', '.join(hooks)}."
+                )
+
+
+def _find_near_miss(name: str, hooks: Iterable[str]) -> str | None:
+    for hook in hooks:
+        if _in_our_words(name) == _in_our_words(hook) or _count_typing_errors(name, hook, limit=2) <= 2:
+            return hook
+    return None
+
+
+def _in_our_words(name: str) -> list[str]:
+    return [_SYNONYMS.get(word, word) for word in name.split("_")]
+
+
+def _count_typing_errors(first: str, second: str, limit: int) -> int:
+    """Return the Levenshtein distance, or ``limit + 1`` for anything above ``limit``."""
+    if abs(len(first) - len(second)) > limit:
+        return limit + 1
+    row = list(range(len(second) + 1))
+    for i, letter in enumerate(first, 1):
+        previous, row[0] = row[0], i
+        for j, other in enumerate(second, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (letter != other))
+    return row[-1]

@@ -1,0 +1,1 @@
+"""One module for each third-party library; import the one you use."""

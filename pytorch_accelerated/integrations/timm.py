@@ -1,0 +1,37 @@
+"""Schedulers in the manner of timm, which are told the counts instead of keeping them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytorch_accelerated.trainer import Trainer
+
+
+class TrainerWithTimmScheduler(Trainer):
+    """Train with a scheduler that has ``step_update(num_updates, metric)`` and ``step(epoch, metric)``, as timm's have.
+
+    ``step_update`` is called after each update with the updates of the run so far, ``step`` after each pass over the
+    training data with the number of epochs done, so that a scheduler in either unit, as its ``t_in_epochs`` says, is
+    where it should be when the next update or epoch begins. There need not be an evaluation set.
+    """
+
+    def training_run_start(self) -> None:
+        """Note where the run begins, so that the scheduler counts from there."""
+        super().training_run_start()
+        self._first_update, self._first_epoch = self.num_updates, self.current_epoch
+
+    def scheduler_step(self) -> None:
+        """Tell the scheduler the number of updates made."""
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=self.num_updates - self._first_update, metric=self._latest_metric())
+
+    def train_epoch_end(self) -> None:
+        """Tell the scheduler the number of epochs done."""
+        super().train_epoch_end()
+        if self.scheduler is not None:
+            self.scheduler.step(self.current_epoch - self._first_epoch, metric=self._latest_metric())
+
+    def _latest_metric(self) -> Any:
+        """Return the newest evaluation loss, for schedulers that react to it; None before the first."""
+        name = "eval_loss_epoch"
+        return self.run_history.get_latest_metric(name) if name in self.run_history.get_metric_names() else None

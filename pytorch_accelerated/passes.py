@@ -1,0 +1,225 @@
+"""One pass over data: from batches to losses, and from these to the results of the pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+from accelerate.utils import find_batch_size
+from torch import Tensor, nn
+
+from pytorch_accelerated import distributed
+from pytorch_accelerated.data import ShardedDataLoader, describe
+from pytorch_accelerated.errors import BatchError
+from pytorch_accelerated.tracking import AccumulationWindow, LossSum, Number
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric, MetricCollection
+
+BatchOutput = dict[str, Any]
+"""Holds ``loss`` and ``batch_size``, and whatever else a hook wants to pass on."""
+
+
+def calculate_batch_loss(
+    model: nn.Module, loss_func: Callable[..., Tensor] | None, batch: Any, data_pass: DataPass | None
+) -> BatchOutput:
+    """Return loss, model outputs and number of samples of a batch, in the usual ways.
+
+    Args:
+        model: called with the inputs of the batch, or with all of it where there is no loss function.
+        loss_func: called with the model's output and the targets; None for the model's own loss.
+        batch: the batch.
+        data_pass: the pass that the batch is of, which knows how many samples it has; None to count its rows.
+
+    Raises:
+        BatchError: if there is no telling inputs from targets, or there is neither a loss function nor a loss of the
+            model.
+    """
+    if loss_func is None:
+        if isinstance(batch, Mapping):
+            outputs = model(**batch)
+        else:
+            outputs = model(*batch) if isinstance(batch, list | tuple) else model(batch)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        if loss is None:
+            raise BatchError(
+                f"the trainer has no loss_func, and the model's output has no loss of its own: {describe(outputs)}. "
+                f"Pass "
+                f"loss_func, return 'loss' from the model, or override calculate_train_batch_loss and "
+                f"calculate_eval_batch_loss."
+            )
+    else:
+        inputs, targets = split_batch(batch)
+        if targets is None:
+            raise BatchError(
+                f"the default hooks take a batch (inputs, targets), or a dict with 'labels', but got: "
+                f"{describe(batch)}. "
+                f"Override calculate_train_batch_loss and calculate_eval_batch_loss to say what goes where."
+            )
+        outputs = model(**inputs) if isinstance(batch, Mapping) else model(inputs)
+        loss = loss_func(outputs, targets)
+    num_samples = data_pass.loader.num_samples if data_pass is not None else find_batch_size(batch)
+    return {"loss": loss, "model_outputs": outputs, "batch_size": num_samples}
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """Return inputs and targets of a batch; None for the targets where there is no telling."""
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[0], batch[1]
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    return batch, None
+
+
+def as_metric(metrics: Any) -> Metric | MetricCollection | None:
+    """Return a torchmetrics object, or several by name, as one object; None for None.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if metrics is None:
+        return None
+    from torchmetrics import Metric, MetricCollection
+
+    if isinstance(metrics, Metric | MetricCollection):
+        return metrics
+    if isinstance(metrics, Mapping | list | tuple):
+        return MetricCollection(dict(metrics) if isinstance(metrics, Mapping) else list(metrics))
+    raise TypeError(
+        f"metrics must be a torchmetrics Metric, a MetricCollection or a dict of metrics, got {type(metrics).__name__}."
+    )
+
+
+class DataPass:
+    """A pass over data in progress: its loader, the sum of its losses, its metrics."""
+
+    def __init__(
+        self,
+        loader: ShardedDataLoader,
+        accelerator: Accelerator,
+        metrics: Metric | MetricCollection | None,
+        window: AccumulationWindow | None,
+    ) -> None:
+        """Begin with no batch seen.
+
+        Args:
+            loader: where the batches come from.
+            accelerator: the processes and the device.
+            metrics: of which the pass has a copy of its own; None for none.
+            window: weighs the losses of a training pass; None for a pass without gradients.
+        """
+        self.loader = loader
+        self.metrics = metrics if metrics is None else metrics.clone().to(accelerator.device)
+        if self.metrics is not None:
+            self.metrics.reset()
+        self._accelerator = accelerator
+        self._window = window
+        if window is not None:
+            window.begin_epoch(loader.num_steps)
+        self._num_items: Number = 0
+        self._total_items: int | None = None
+        self._loss_sum = LossSum(accelerator.device)
+        self._counts_items: bool | None = None
+
+    @property
+    def num_steps(self) -> int | None:
+        """Return the steps of the pass; None where its length is not known."""
+        return self.loader.num_steps
+
+    @property
+    def num_samples_in_step(self) -> int:
+        """Return the samples of the current step, over all processes."""
+        return self.loader.round_samples
+
+    def mean_loss_so_far(self) -> float | None:
+        """Return the mean loss on this process; None before the first batch. Waits for the device."""
+        return self._loss_sum.local_mean()
+
+    def account(self, output: BatchOutput | Tensor) -> BatchOutput:
+        """Add what a ``calculate_*`` hook returned to the loss of the pass, and return it with loss and batch size.
+
+        Raises:
+            BatchError: if it cannot be used.
+        """
+        loader = self.loader
+        batch_output = self._complete(output)
+        num_items: Any = batch_output.get("num_items_in_batch")
+        total_items = None
+        counts_items = num_items is not None
+        if self._counts_items not in (None, counts_items):
+            raise BatchError(
+                "some batches came with 'num_items_in_batch' and some without: one loss would be weighed by items and "
+                "the other "
+                "by samples. Return it for every batch or for none."
+            )
+        self._counts_items = counts_items
+        if not loader.has_samples:
+            num_items = 0
+        elif not counts_items:
+            num_items = batch_output["batch_size"]
+        if not counts_items and loader.knows_sizes:
+            total_items = loader.round_samples
+        if loader.has_samples:
+            self._loss_sum.update(batch_output["loss"], num_items)
+        self._num_items, self._total_items = num_items, total_items
+        return batch_output
+
+    def weigh(self, loss: Tensor) -> Tensor:
+        """Return the loss of the batch just accounted for, weighed for its window; ``loss`` stays as it is."""
+        assert self._window is not None, "only the losses of a training pass are weighed"
+        weight = self._window.weight(self._num_items, self._total_items)
+        return loss if not isinstance(weight, Tensor) and weight == 1 else loss * weight
+
+    def _complete(self, output: BatchOutput | Tensor) -> BatchOutput:
+        """Return what a hook returned as a dict with loss and batch size; never changes what it was given."""
+        loader, device = self.loader, self._accelerator.device
+        loss = output.get("loss") if isinstance(output, dict) else output
+        problem = None
+        if not isinstance(loss, Tensor):
+            problem = f"returned {describe(output)}; expected a dict with a tensor under 'loss', or the loss tensor"
+        elif loss.ndim != 0:
+            problem = f"returned a loss of shape {tuple(loss.shape)}; expected a scalar: reduce it, as with loss.mean()"
+        elif loss.device.type != device.type or (device.type != "cpu" and loss.device != device):
+            problem = f"returned a loss on {loss.device}, but the run is on {device}"
+        elif self._window is not None and not loss.requires_grad:
+            problem = (
+                "returned a loss that depends on no trainable parameter: it was detached (.item(), .detach(), "
+                "no_grad, numpy), "
+                "or every parameter is frozen"
+            )
+        size = output.get("batch_size") if isinstance(output, dict) else None
+        if (
+            problem is None
+            and size is not None
+            and loader.knows_sizes
+            and loader.has_samples
+            and size != loader.num_samples
+        ):
+            problem = (
+                f"returned batch_size {size}, but the loader made a batch of {loader.num_samples} samples. Leave "
+                f"batch_size out; "
+                f"if the loss is a mean over something else than samples, say over how many with 'num_items_in_batch'"
+            )
+        if problem is not None:
+            raise BatchError(f"calculate_{'eval' if self._window is None else 'train'}_batch_loss {problem}.")
+        if not isinstance(output, dict):
+            return {"loss": output, "batch_size": loader.num_samples}
+        return output if size is not None else {**output, "batch_size": loader.num_samples}
+
+    def results(self, loss_name: str, prefix: str) -> dict[str, Any]:
+        """Return loss and metrics over all processes by name. Collective; waits for the device."""
+        accelerator, metrics = self._accelerator, self.metrics
+        results: dict[str, Any] = {
+            loss_name: self._loss_sum.mean(lambda sums: distributed.reduce_sum(accelerator, sums))
+        }
+        if metrics is not None:
+            if accelerator.num_processes > 1:
+                distributed.fill_empty_states(metrics)
+            computed = metrics.compute()
+            named = computed if isinstance(computed, dict) else {type(metrics).__name__: computed}
+            for name, value in named.items():
+                results[f"{prefix}_{name}"] = (
+                    value.tolist() if isinstance(value, Tensor) else value
+                )  # waits: a log point
+        return results

@@ -1,0 +1,240 @@
+"""The facts of one run, and stand-ins for them in the arguments of a scheduler factory."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerRunConfig:
+    """Hold what is fixed for the length of one run.
+
+    A step is one batch on every process at once; an update is one optimizer step. What a run does not have (an
+    evaluation set, a known length) is None.
+    """
+
+    num_epochs: int | None = None
+    """Passes over the training data, None when only updates limit the run."""
+    max_num_train_steps: int | None = None
+    """Upper limit of the run in updates, None when only epochs limit it."""
+    train_dataloader_len: int | None = None
+    """Steps in one epoch."""
+    eval_dataloader_len: int | None = None
+    """Steps in one evaluation, summed over the evaluation sets."""
+    train_per_device_batch_size: int | None = None
+    """Samples in one batch of one process."""
+    eval_per_device_batch_size: int | None = None
+    """Samples in one evaluation batch of one process."""
+    train_dl_kwargs: dict[str, Any] | None = None
+    """Arguments for the training DataLoader, as the user gave them."""
+    eval_dl_kwargs: dict[str, Any] | None = None
+    """Arguments for the evaluation DataLoader, as the user gave them."""
+    gradient_accumulation_steps: int = 1
+    """Steps whose gradients are summed for one update."""
+    gradient_clip_value: float | None = None
+    """Largest magnitude of an element of a gradient."""
+    gradient_clip_norm: float | None = None
+    """Largest total norm of all gradients together."""
+    seed: int | None = None
+    """Seed of the order of the samples and of the randomness in the datasets."""
+    num_processes: int = 1
+    """Processes of the run, over all machines."""
+    mixed_precision: str = "no"
+    """Precision that Accelerate runs the model in."""
+    is_main_process: bool = True
+    """Whether this is the one process of the run that writes."""
+    is_local_main_process: bool = True
+    """Whether this is the one process of its machine that writes."""
+
+    @property
+    def is_distributed(self) -> bool:
+        """Tell whether the run has more than one process."""
+        return self.num_processes > 1
+
+    @property
+    def num_update_steps_per_epoch(self) -> int | None:
+        """Return the updates in one whole epoch; None when the data has no known length."""
+        steps = self.train_dataloader_len
+        return None if steps is None else -(-steps // self.gradient_accumulation_steps)
+
+    @property
+    def num_updates(self) -> int | None:
+        """Return the updates that the run will make, the smaller of the two limits; None when that is not known."""
+        per_epoch = self.num_update_steps_per_epoch
+        by_epochs = None if per_epoch is None or self.num_epochs is None else per_epoch * self.num_epochs
+        return min((limit for limit in (by_epochs, self.max_num_train_steps) if limit is not None), default=None)
+
+    @property
+    def train_total_batch_size(self) -> int | None:
+        """Return the samples in one update: of all processes and of the whole accumulation window."""
+        size = self.train_per_device_batch_size
+        return None if size is None else size * self.num_processes * self.gradient_accumulation_steps
+
+    @property
+    def eval_total_batch_size(self) -> int | None:
+        """Return the samples in one evaluation step of all processes."""
+        size = self.eval_per_device_batch_size
+        return None if size is None else size * self.num_processes
+
+    @property
+    def num_local_update_steps_per_epoch(self) -> int | None:
+        """Return the updates in one epoch: they are the same on every process, whatever its share of the data."""
+        return self.num_update_steps_per_epoch
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as a new dict; values that JSON has no form for become their ``repr``."""
+        derived = [name for name, value in vars(type(self)).items() if isinstance(value, property)]
+        return {
+            name: _plain(getattr(self, name))
+            for name in [*(field.name for field in dataclasses.fields(self)), *derived]
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def check_train_arguments(
+    num_epochs: Any,
+    max_num_train_steps: Any,
+    per_device_batch_size: Any,
+    gradient_accumulation_steps: Any,
+    create_scheduler_fn: Any,
+) -> None:
+    """Refuse arguments of ``Trainer.train`` that make no sense, before anything is done.
+
+    Raises:
+        TypeError: if the scheduler factory is something else.
+        ValueError: if a number is no whole number of at least one, or the run has no end.
+    """
+    numbers = {
+        "num_epochs": num_epochs,
+        "max_num_train_steps": max_num_train_steps,
+        "per_device_batch_size": per_device_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+    }
+    for name, number in numbers.items():
+        may_be_none = name in ("num_epochs", "max_num_train_steps")
+        if not (number is None and may_be_none) and (not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
+    if num_epochs is None and max_num_train_steps is None:
+        raise ValueError("training would have no end: give num_epochs, max_num_train_steps (in updates), or both.")
+    if create_scheduler_fn is not None and (not callable(create_scheduler_fn) or hasattr(create_scheduler_fn, "step")):
+        raise TypeError(
+            f"create_scheduler_fn must be a function that takes the optimizer and returns a scheduler, got "
+            f"{create_scheduler_fn!r}. "
+            f"Pass for example partial({type(create_scheduler_fn).__name__}, ...) instead of the scheduler."
+        )
+
+
+class Placeholder:
+    """Stand for a number that is known only when the run begins; arithmetic on it gives another placeholder."""
+
+    def __init__(self, resolve: Callable[[TrainerRunConfig], Any], description: str) -> None:
+        """Store how to find the number (``resolve``) and how to call it in messages (``description``)."""
+        self.resolve = resolve
+        self._description = description
+
+    def __repr__(self) -> str:
+        return self._description
+
+    def _combine(self, function: Callable[[Any, Any], Any], sign: str, left: Any, right: Any) -> Placeholder:
+        def resolve(run_config: TrainerRunConfig) -> Any:
+            return function(resolve_placeholders(left, run_config), resolve_placeholders(right, run_config))
+
+        return Placeholder(resolve, f"({left!r} {sign} {right!r})")
+
+    def rounded(self) -> Placeholder:
+        """Return a placeholder for the nearest whole number."""
+        return Placeholder(lambda run_config: round(self.resolve(run_config)), f"round({self!r})")
+
+    def __add__(self, other: Any) -> Placeholder:
+        return self._combine(operator.add, "+", self, other)
+
+    def __radd__(self, other: Any) -> Placeholder:
+        return self._combine(operator.add, "+", other, self)
+
+    def __sub__(self, other: Any) -> Placeholder:
+        return self._combine(operator.sub, "-", self, other)
+
+    def __rsub__(self, other: Any) -> Placeholder:
+        return self._combine(operator.sub, "-", other, self)
+
+    def __mul__(self, other: Any) -> Placeholder:
+        return self._combine(operator.mul, "*", self, other)
+
+    def __rmul__(self, other: Any) -> Placeholder:
+        return self._combine(operator.mul, "*", other, self)
+
+    def __truediv__(self, other: Any) -> Placeholder:
+        return self._combine(operator.truediv, "/", self, other)
+
+    def __rtruediv__(self, other: Any) -> Placeholder:
+        return self._combine(operator.truediv, "/", other, self)
+
+    def __floordiv__(self, other: Any) -> Placeholder:
+        return self._combine(operator.floordiv, "//", self, other)
+
+    def __rfloordiv__(self, other: Any) -> Placeholder:
+        return self._combine(operator.floordiv, "//", other, self)
+
+
+def _fact(field: str) -> Placeholder:
+    def resolve(run_config: TrainerRunConfig) -> Any:
+        value = getattr(run_config, field)
+        if value is None:
+            raise ValueError(
+                f"TrainerPlaceholderValues needs run_config.{field}, which this run does not have. Give the training "
+                f"data a "
+                f"length or the run a limit (max_num_train_steps), or write the number into the scheduler factory."
+            )
+        return value
+
+    return Placeholder(resolve, f"TrainerPlaceholderValues({field})")
+
+
+class TrainerPlaceholderValues:
+    """Name the facts of a run that a scheduler factory may need before they are known.
+
+    Use them as arguments of a ``functools.partial`` (positional or by keyword, also inside lists, tuples and dicts),
+    with ``+ - * / //`` where needed; ``Trainer.create_scheduler`` puts the numbers in. All counts are in updates of one
+    process, which are the updates of the run.
+    """
+
+    NUM_EPOCHS = _fact("num_epochs")
+    NUM_UPDATES = _fact("num_updates")
+    NUM_UPDATE_STEPS_PER_EPOCH = _fact("num_update_steps_per_epoch")
+    PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH = _fact("num_local_update_steps_per_epoch")
+    TRAIN_DATALOADER_LEN = _fact("train_dataloader_len")
+    EVAL_DATALOADER_LEN = _fact("eval_dataloader_len")
+
+
+def resolve_placeholders(value: Any, run_config: TrainerRunConfig) -> Any:
+    """Return ``value`` with every placeholder in it replaced by the number of this run.
+
+    Args:
+        value: a placeholder, a ``functools.partial``, or a list, tuple or dict of such; anything else is returned as it
+            is.
+        run_config: the facts of the run.
+
+    Raises:
+        ValueError: if the run does not have a number that is asked for.
+    """
+    if isinstance(value, Placeholder):
+        return value.resolve(run_config)
+    if isinstance(value, partial):
+        args = [resolve_placeholders(item, run_config) for item in value.args]
+        return partial(value.func, *args, **resolve_placeholders(value.keywords, run_config))
+    if type(value) is dict:
+        return {key: resolve_placeholders(item, run_config) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(resolve_placeholders(item, run_config) for item in value)
+    return value

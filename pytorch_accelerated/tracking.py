@@ -1,0 +1,299 @@
+"""What a run has counted and measured: counters, history, and sums that stay on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pytorch_accelerated.errors import did_you_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Number = int | float | Tensor
+
+
+@dataclasses.dataclass
+class RunCounters:
+    """Count how far a run has come. The counters never go back and are the same on every process."""
+
+    num_samples: int = 0
+    """Training samples seen, over all processes."""
+    num_steps: int = 0
+    """Training batches of one process that went through the hooks."""
+    num_updates: int = 0
+    """Optimizer steps that changed the weights."""
+    current_epoch: int = 0
+    """Number of the epoch in progress, from 1; 0 before the first."""
+    num_skipped_updates: int = 0
+    """Updates left out because the gradients were not finite."""
+
+
+class RunHistory:
+    """Record metrics, each value together with the counters of the moment it was recorded at."""
+
+    def __init__(self) -> None:
+        """Start with no metrics and with all counters at zero."""
+        self.counters = RunCounters()
+        self._values: dict[str, list[Any]] = {}
+        self._counters: dict[str, list[dict[str, int]]] = {}
+
+    @property
+    def current_epoch(self) -> int:
+        """Return the number of the epoch in progress, from 1; 0 before the first."""
+        return self.counters.current_epoch
+
+    def update_metric(self, metric_name: str, metric_value: Any) -> None:
+        """Append a value.
+
+        Args:
+            metric_name: any name; the trainer's own begin with ``train_``, ``eval_`` or ``evaluation_``.
+            metric_value: a number, or nested lists of numbers. A tensor is converted, which waits for its device.
+        """
+        if isinstance(metric_value, Tensor):
+            metric_value = metric_value.tolist()  # waits for the device: recording is a log point
+        elif hasattr(metric_value, "tolist"):
+            metric_value = metric_value.tolist()  # numpy scalars and arrays
+        self._values.setdefault(metric_name, []).append(metric_value)
+        self._counters.setdefault(metric_name, []).append(dataclasses.asdict(self.counters))
+
+    def get_metric_names(self) -> set[str]:
+        """Return the names of the metrics recorded so far."""
+        return set(self._values)
+
+    def get_metric_values(self, metric_name: str) -> list[Any]:
+        """Return all values of a metric, oldest first, as a new list.
+
+        Raises:
+            KeyError: if nothing was recorded under this name.
+        """
+        return list(self._lookup(self._values, metric_name))
+
+    def get_metric_counters(self, metric_name: str) -> list[dict[str, int]]:
+        """Return, for each value of a metric, the counters of the run when it was recorded.
+
+        Raises:
+            KeyError: if nothing was recorded under this name.
+        """
+        return [dict(counters) for counters in self._lookup(self._counters, metric_name)]
+
+    def get_latest_metric(self, metric_name: str) -> Any:
+        """Return the newest value of a metric.
+
+        Raises:
+            KeyError: if nothing was recorded under this name.
+        """
+        return self._lookup(self._values, metric_name)[-1]
+
+    def _lookup(self, records: dict[str, list[Any]], metric_name: str) -> list[Any]:
+        if metric_name not in records:
+            hint = did_you_mean(metric_name, records)
+            raise KeyError(f"no metric {metric_name!r} has been recorded; there are {sorted(records)}.{hint}")
+        return records[metric_name]
+
+    def reset(self) -> None:
+        """Forget all metrics and set all counters to zero."""
+        self._values.clear()
+        self._counters.clear()
+        self.counters = RunCounters()
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a table with one row for each moment at which something was recorded.
+
+        The columns are the counters, then the metrics in the order of their first appearance; a cell without a value is
+        NaN. A metric recorded several times between two changes of the counters has several rows.
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("RunHistory.to_pandas needs pandas: pip install pandas") from error
+        rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for name, values in self._values.items():
+            seen: dict[tuple[int, ...], int] = {}
+            for value, counters in zip(values, self._counters[name], strict=True):
+                moment = tuple(counters.values())
+                repeat = seen[moment] = seen.get(moment, -1) + 1
+                rows.setdefault((moment, repeat), dict(counters))[name] = value
+        columns = [field.name for field in dataclasses.fields(RunCounters)] + list(self._values)
+        return pd.DataFrame([rows[key] for key in sorted(rows)], columns=columns)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counters and metrics as plain dicts, lists and numbers."""
+        return {
+            "counters": dataclasses.asdict(self.counters),
+            "metrics": {
+                name: [[value, counters] for value, counters in zip(values, self._counters[name], strict=True)]
+                for name, values in self._values.items()
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Replace counters and metrics by those of ``state_dict``."""
+        self.counters = RunCounters(**state_dict["counters"])
+        self._values = {name: [value for value, _ in rows] for name, rows in state_dict["metrics"].items()}
+        self._counters = {name: [dict(at) for _, at in rows] for name, rows in state_dict["metrics"].items()}
+
+    def save_json(self, path: str | Path) -> None:
+        """Write counters and metrics to a JSON file; infinite and NaN values are written as Python's json does."""
+        Path(path).write_text(json.dumps(self.state_dict()), encoding="utf-8")
+
+    @classmethod
+    def load_json(cls, path: str | Path) -> RunHistory:
+        """Return the history that ``save_json`` wrote."""
+        history = cls()
+        history.load_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return history
+
+
+InMemoryRunHistory = RunHistory
+"""The published library's name for it."""
+
+
+def _accumulator(device: torch.device) -> Tensor:
+    # Sums of many losses lose digits in float32; MPS alone has no float64.
+    return torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+
+class LossSum:
+    """Sum losses and the items they are means of, without waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start at zero, with the sums on ``device``."""
+        self._loss = _accumulator(device)
+        self._items = _accumulator(device)
+
+    def reset(self) -> None:
+        """Go back to zero."""
+        self._loss.zero_()
+        self._items.zero_()
+
+    def update(self, loss: Tensor, num_items: Number) -> None:
+        """Add one batch.
+
+        Args:
+            loss: scalar tensor, mean over the items of the batch.
+            num_items: how many items that were: a number, or a scalar tensor on the device of ``loss``.
+        """
+        if isinstance(num_items, Tensor):
+            self._loss += loss.detach().to(self._loss.dtype) * num_items
+            self._items += num_items
+        else:
+            self._loss.add_(loss.detach(), alpha=num_items)
+            self._items += num_items
+
+    def local_mean(self) -> float | None:
+        """Return the mean loss per item on this process, None where there were no items. Waits for the device."""
+        loss, items = torch.stack(
+            (self._loss, self._items)
+        ).tolist()  # waits for the device: the caller wants to show it
+        return loss / items if items else None
+
+    def mean(self, reduce_sum: Callable[[Tensor], Tensor]) -> float:
+        """Return the mean loss per item over all processes; NaN where there were no items.
+
+        Collective: every process must call it.
+        """
+        loss, items = reduce_sum(torch.stack((self._loss, self._items))).tolist()  # waits for the device: a log point
+        return loss / items if items else float("nan")
+
+
+class AccumulationWindow:
+    """Find the factors that make the gradient of a window equal to that of the one big batch.
+
+    The gradient of an update is that of ``sum(loss_i * n_i) / sum(n_i)`` over all micro-batches i of the window on all
+    processes. While the window is open its total is unknown, so each loss is weighed against a reference (the items of
+    the first micro-batch times the number of micro-batches planned); when the window closes, the gradients are
+    multiplied by ``reference / total``. In full windows of equal batches the reference is the total and nothing is
+    multiplied. As processes average their gradients, each weight carries the number of processes.
+    """
+
+    def __init__(
+        self, num_steps: int, num_processes: int, reduce_sum: Callable[[Tensor], Tensor], device: torch.device
+    ) -> None:
+        """Store the size of a full window and how gradients and counts are combined.
+
+        Args:
+            num_steps: micro-batches in a full window.
+            num_processes: number of processes whose gradients are averaged.
+            reduce_sum: returns the sum of a tensor over all processes (a collective).
+            device: where counts that must be reduced are put.
+        """
+        self._full_size = num_steps
+        self._num_processes = num_processes
+        self._reduce_sum = reduce_sum
+        self._device = device
+        self.begin_epoch(None)
+
+    def begin_epoch(self, num_steps: int | None) -> None:
+        """Begin an epoch of ``num_steps`` micro-batches; None if that is not known."""
+        self._num_steps_left = num_steps
+        self._size = self._planned_size = 0
+        self._reference: Number = 0
+        self._total: Number = 0
+        self._not_reduced: Number | None = None
+
+    def begin_step(self, is_last: bool) -> bool:
+        """Begin a micro-batch, the last of its epoch or not, and return whether it completes the window."""
+        if self._size == 0:
+            left = self._num_steps_left
+            self._planned_size = self._full_size if left is None else max(1, min(self._full_size, left))
+        self._size += 1
+        if self._num_steps_left is not None:
+            self._num_steps_left -= 1
+        return is_last or self._size == self._full_size
+
+    def weight(self, num_items: Number, total_items: int | None) -> Number:
+        """Return what to multiply the loss of the micro-batch by.
+
+        Args:
+            num_items: items that the loss of this process is the mean of.
+            total_items: the same over all processes; None if that is not known, which costs one reduction for the first
+                micro-batch of a window and, in windows of several, one more at the end.
+        """
+        if self._size == 1:
+            first = self._over_processes(num_items) if total_items is None else total_items
+            self._reference = self._planned_size * _at_least_one(first)
+            self._total = first
+            self._not_reduced = 0 if total_items is None else None
+        elif total_items is None:
+            self._not_reduced = (self._not_reduced or 0) + num_items
+        else:
+            self._total = self._total + total_items
+        return num_items * self._num_processes / self._reference
+
+    def close(self, parameters: Iterable[Tensor]) -> None:
+        """End the window: correct the gradients of ``parameters`` for its true total."""
+        total = self._total
+        if self._not_reduced is not None and self._size > 1:
+            total = total + self._over_processes(self._not_reduced)
+        is_alone = self._size == self._planned_size == 1  # then its reference was its total
+        self._size = 0
+        factor: Number = 1 if is_alone else self._reference / _at_least_one(total)
+        if isinstance(factor, Tensor) or factor != 1:
+            _scale_gradients(parameters, factor)
+
+    def _over_processes(self, num_items: Number) -> Number:
+        if self._num_processes == 1:
+            return num_items
+        total = _accumulator(self._device)
+        total += num_items
+        return self._reduce_sum(total)
+
+
+def _at_least_one(number: Number) -> Number:
+    return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)
+
+
+def _scale_gradients(parameters: Iterable[Tensor], factor: Number) -> None:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype) if isinstance(factor, Tensor) else factor)

@@ -1,0 +1,931 @@
+"""The Trainer: one training loop, whose every stage is a method to override.
+
+::
+
+    train_dataloader = create_train_dataloader()
+    eval_dataloader  = create_eval_dataloader()
+    scheduler        = create_scheduler()
+
+    training_run_start()                                          on_train_run_begin
+    for epoch in epochs:
+        train_epoch_start()                                       on_train_epoch_begin
+        for batch in train_dataloader:
+                                                                  on_train_step_begin
+            batch_output = calculate_train_batch_loss(batch)      on_train_step_end(batch, batch_output)
+            backward_step(batch_output["loss"])
+            # once per update: when the accumulation window is complete, or the epoch ends
+            clip_gradients()                                      on_optimizer_step_begin
+            optimizer_step()
+            scheduler_step()
+            optimizer_zero_grad()                                 on_train_update_end
+        train_epoch_end()                                         on_train_epoch_end
+
+        eval_epoch_start()                                        on_eval_epoch_begin
+        for batch in eval_dataloader:
+                                                                  on_eval_step_begin
+            batch_output = calculate_eval_batch_loss(batch)       on_eval_step_end(batch, batch_output)
+        eval_epoch_end()                                          on_eval_epoch_end
+    training_run_end()                                            on_train_run_end
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from pytorch_accelerated import data, distributed
+from pytorch_accelerated.callbacks import DEFAULT_CALLBACKS, CallbackHandler, TrainerCallback
+from pytorch_accelerated.callbacks.base import ACCEPTED_SPELLINGS, EVENTS
+from pytorch_accelerated.callbacks.limits import limit_from_environment
+from pytorch_accelerated.engine import Engine, raw_optimizer
+from pytorch_accelerated.errors import BatchError, StopTrainingError, refuse_near_misses
+from pytorch_accelerated.passes import BatchOutput, DataPass, as_metric, calculate_batch_loss, split_batch
+from pytorch_accelerated.run_config import TrainerRunConfig, check_train_arguments, resolve_placeholders
+from pytorch_accelerated.tracking import AccumulationWindow, RunHistory
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric, MetricCollection
+
+
+class Trainer:
+    """Train, evaluate and predict with a PyTorch model, on whatever hardware Accelerate was set up for.
+
+    To change what happens, override a hook; to do something besides, write a callback. See the module's docstring for
+    the order of both.
+    """
+
+    EVENTS: ClassVar[tuple[str, ...]] = EVENTS
+    """Names of the events callbacks may listen to; a subclass that has events of its own adds their names."""
+
+    HOOKS: ClassVar[tuple[str, ...]] = (
+        "create_accelerator",
+        "create_train_dataloader",
+        "create_eval_dataloader",
+        "create_predict_dataloader",
+        "create_scheduler",
+        "training_run_start",
+        "train_epoch_start",
+        "calculate_train_batch_loss",
+        "backward_step",
+        "clip_gradients",
+        "optimizer_step",
+        "scheduler_step",
+        "optimizer_zero_grad",
+        "train_epoch_end",
+        "eval_epoch_start",
+        "calculate_eval_batch_loss",
+        "eval_epoch_end",
+        "training_run_end",
+        "evaluation_run_start",
+        "evaluation_run_end",
+        "prediction_run_start",
+        "predict_epoch_start",
+        "calculate_predictions",
+        "predict_epoch_end",
+        "prediction_run_end",
+        "update_metrics",
+    )
+    """Names of the methods that are there to be overridden, in the order of a run."""
+
+    # Given by the user; model and optimizer become what Accelerate made of them when the first run begins.
+    model: nn.Module
+    loss_func: Callable[..., Tensor] | None
+    optimizer: Any
+    metrics: Metric | MetricCollection | None
+    accelerator: Accelerator
+    callback_handler: CallbackHandler
+    seed: int | None
+    limit_train_batches: int | None
+    limit_eval_batches: int | None
+
+    # Facts and state of the run.
+    run_config: TrainerRunConfig
+    run_history: RunHistory
+    scheduler: Any
+    train_dataset: Any
+    eval_dataset: Any
+    predict_dataset: Any
+    collate_fn: Callable[[Any], Any] | None
+    create_scheduler_fn: Callable[..., Any] | None
+    is_training_run: bool
+    data_pass: DataPass | None  # the pass over data in progress: its length, the samples of its step, its loss so far
+    gradient_norm: Tensor | None  # of the last update, before clipping; None where norms are not clipped
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_func: Callable[..., Tensor] | None = None,
+        optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        callbacks: Iterable[TrainerCallback | type[TrainerCallback]] | None = DEFAULT_CALLBACKS,
+        run_history: RunHistory | None = None,
+        accelerator: Accelerator | None = None,
+        seed: int | None = None,
+        metrics: Metric | MetricCollection | Mapping[str, Metric] | None = None,
+    ) -> None:
+        """Store what training needs; nothing is moved, wrapped or seeded before a run begins.
+
+        Args:
+            model: any module.
+            loss_func: called with the model's output and the targets, returns a scalar tensor, the mean over the batch.
+                None when the model returns its own loss, as ``outputs.loss`` or ``outputs["loss"]``.
+            optimizer: an optimizer over the model's parameters, or a function that makes one of them, such as
+                ``partial(AdamW, lr=1e-3)``. Not needed to evaluate and predict.
+            callbacks: instances, or classes of which an instance is made, called in this order. None for none.
+            run_history: where metrics are recorded; None for a new ``RunHistory``.
+            accelerator: None for what ``create_accelerator`` returns.
+            seed: None leaves the random streams to the user: the order of samples and the randomness in datasets then
+                follow from torch's state when a run begins. A number fixes these, and seeds torch, numpy and random
+                when a training run begins, differently on each process.
+            metrics: torchmetrics objects to be updated with model outputs and targets in training and in evaluation.
+
+        Raises:
+            LaunchError: if a launcher started several processes that do not know of each other.
+            TypeError: if an argument is of a wrong type.
+            ValueError: if a callback listens to an event that does not exist, or a method of a subclass has a name that
+                is almost a hook's.
+        """
+        refuse_near_misses(type(self), Trainer, self.HOOKS, (*self.EVENTS, *ACCEPTED_SPELLINGS))
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        if optimizer is not None and not callable(optimizer) and not hasattr(optimizer, "param_groups"):
+            raise TypeError(
+                f"optimizer must be a torch Optimizer or a function that makes one, got {type(optimizer).__name__}."
+            )
+        self.model = model
+        self.loss_func = loss_func
+        self.optimizer = optimizer
+        self.metrics = as_metric(metrics)
+        self.accelerator = accelerator if accelerator is not None else self.create_accelerator()
+        distributed.check_launch(self.accelerator)
+        self.run_history = run_history if run_history is not None else RunHistory()
+        self.run_config = TrainerRunConfig()
+        self.seed = seed
+        self.scheduler = None
+        self.train_dataset = self.eval_dataset = self.predict_dataset = None
+        self.collate_fn = self.create_scheduler_fn = None
+        self.limit_train_batches = self.limit_eval_batches = None
+        self.is_training_run = False
+        self.data_pass = self.gradient_norm = None
+
+        self._train_dataloader: data.ShardedDataLoader | None = None
+        self._eval_dataloaders: dict[str | None, data.ShardedDataLoader] = {}
+        self._engine = Engine(self.accelerator)
+        self._window: AccumulationWindow | None = None
+        self._epoch_limit: int | None = None
+        self._update_limit: int | None = None
+        self._num_runs_started = 0
+        self._update_is_skipped = False
+
+        self.callback_handler = CallbackHandler(callbacks or (), self.EVENTS)
+        if (limit := limit_from_environment()) is not None:
+            self.callback_handler.add_callback(limit)
+        self._event("on_init_end")
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Runs
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        train_dataset: Any,
+        num_epochs: int | None,
+        eval_dataset: Any = None,
+        per_device_batch_size: int = 8,
+        max_num_train_steps: int | None = None,
+        gradient_accumulation_steps: int = 1,
+        gradient_clip_value: float | None = None,
+        gradient_clip_norm: float | None = None,
+        create_scheduler_fn: Callable[[Optimizer], Any] | None = None,
+        train_dataloader_kwargs: Mapping[str, Any] | None = None,
+        eval_dataloader_kwargs: Mapping[str, Any] | None = None,
+        reset_run_history: bool = True,
+        collate_fn: Callable[[Any], Any] | None = None,
+    ) -> RunHistory:
+        """Train the model, evaluating it after each epoch.
+
+        Args:
+            train_dataset: a map-style or iterable dataset, or a DataLoader over the data for one process.
+            num_epochs: passes over the training data; None when ``max_num_train_steps`` alone is the limit.
+            eval_dataset: the same kinds, or a dict of several by name. None for no evaluation.
+            per_device_batch_size: samples in a batch of one process.
+            max_num_train_steps: limit of the run in updates; the smaller limit wins.
+            gradient_accumulation_steps: batches of one process that make up one update. 1 leaves it to Accelerate's
+                setting.
+            gradient_clip_value: limit for the magnitude of each element of a gradient, applied once per update.
+            gradient_clip_norm: limit for the norm of all gradients together, applied once per update.
+            create_scheduler_fn: makes a scheduler of the optimizer; it is stepped once per update. A
+                ``functools.partial`` may hold ``TrainerPlaceholderValues``.
+            train_dataloader_kwargs: arguments for the training DataLoader, which win over the defaults.
+            eval_dataloader_kwargs: the same for the evaluation DataLoaders.
+            reset_run_history: whether history and counters begin anew. If not, epochs and updates are counted on from
+                the last run, and the limits are counted from here.
+            collate_fn: makes a batch of a list of samples; None for torch's default.
+
+        Returns:
+            The run history.
+
+        Raises:
+            TypeError: if an argument is of a wrong type, or a DataLoader argument unknown.
+            ValueError: if there is nothing to train on, nothing to train with, or no end to the training.
+            NonFiniteError: with the default callbacks, if a loss or a gradient is infinite or NaN.
+        """
+        check_train_arguments(
+            num_epochs, max_num_train_steps, per_device_batch_size, gradient_accumulation_steps, create_scheduler_fn
+        )
+        if self.optimizer is None:
+            raise ValueError("training needs an optimizer: Trainer(model, loss_func, optimizer=...).")
+        self.train_dataset, self.eval_dataset, self.collate_fn = train_dataset, eval_dataset, collate_fn
+        self.create_scheduler_fn = create_scheduler_fn
+        self._prepare_run(
+            num_epochs=num_epochs,
+            max_num_train_steps=max_num_train_steps,
+            train_per_device_batch_size=per_device_batch_size,
+            eval_per_device_batch_size=per_device_batch_size,
+            train_dl_kwargs=dict(train_dataloader_kwargs or {}),
+            eval_dl_kwargs=dict(eval_dataloader_kwargs or {}),
+            gradient_accumulation_steps=self._engine.choose_accumulation_steps(gradient_accumulation_steps),
+            gradient_clip_value=gradient_clip_value,
+            gradient_clip_norm=gradient_clip_norm,
+        )
+        if reset_run_history:
+            self.run_history.reset()
+        self._epoch_limit = num_epochs and self.current_epoch + num_epochs
+        self._update_limit = max_num_train_steps and self.num_updates + max_num_train_steps
+        with self._running("on_train_run_end", is_training=True):
+            try:
+                self.training_run_start()
+                self._event("on_train_run_begin")
+                while not self._is_finished():
+                    self._run_train_epoch()
+                    self.run_evaluation()
+            except StopTrainingError as error:
+                self._event("on_stop_training_error", exception=error)
+            self.training_run_end()
+        return self.run_history
+
+    def evaluate(
+        self,
+        dataset: Any,
+        per_device_batch_size: int = 8,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
+        collate_fn: Callable[[Any], Any] | None = None,
+    ) -> dict[str, Any]:
+        """Evaluate the model, apart from any training; the training history stays, and gains the results.
+
+        Args:
+            dataset: a map-style or iterable dataset, a DataLoader, or a dict of several by name.
+            per_device_batch_size: samples in a batch of one process.
+            dataloader_kwargs: arguments for the DataLoader, which win over the defaults.
+            collate_fn: makes a batch of a list of samples; None for torch's default.
+
+        Returns:
+            ``evaluation_loss`` and the metrics, as ``evaluation_<metric>``; of a named set ``evaluation_<name>_loss``
+            and so on.
+        """
+        with self._setting(eval_dataset=dataset, collate_fn=collate_fn):
+            kwargs = dict(dataloader_kwargs or {})
+            self._prepare_model_and_optimizer()
+            loaders = self._create_eval_dataloaders(per_device_batch_size, kwargs, self._choose_seed())
+            config = self._create_run_config(
+                eval_per_device_batch_size=per_device_batch_size,
+                eval_dl_kwargs=kwargs,
+                eval_dataloader_len=_total_length(loaders),
+            )
+            with self._setting(run_config=config), self._running("on_evaluation_run_end"):
+                self.evaluation_run_start()
+                self._event("on_evaluation_run_begin")
+                results: dict[str, Any] = {}
+                for name, loader in loaders.items():
+                    prefix = f"evaluation_{name}" if name else "evaluation"
+                    results |= self._run_eval_epoch(loader, f"{prefix}_loss", prefix, name, is_intermediate=False)
+                self.evaluation_run_end()
+            return results
+
+    def predict(
+        self,
+        dataset: Any,
+        per_device_batch_size: int = 8,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
+        collate_fn: Callable[[Any], Any] | None = None,
+    ) -> Any:
+        """Return the model's outputs for a dataset.
+
+        Args:
+            dataset: a map-style or iterable dataset, or a DataLoader; targets in it are not used.
+            per_device_batch_size: samples in a batch of one process.
+            dataloader_kwargs: arguments for the DataLoader, which win over the defaults.
+            collate_fn: makes a batch of a list of samples; None for torch's default.
+
+        Returns:
+            What ``calculate_predictions`` returns, joined along the first dimension in the order of the dataset, each
+            sample once, on the CPU, on every process. Nested structures keep their structure.
+
+        Raises:
+            ValueError: if the loader shuffles, or if outputs of different batches differ in other dimensions than the
+                first.
+        """
+        kwargs = dict(dataloader_kwargs or {})
+        if kwargs.get("shuffle"):
+            raise ValueError("predict returns outputs in the order of the dataset, so it cannot take shuffle=True.")
+        with self._setting(predict_dataset=dataset, collate_fn=collate_fn):
+            self._prepare_model_and_optimizer()
+            loader = data.shard_dataloader(
+                self.create_predict_dataloader(per_device_batch_size, kwargs), self.accelerator, self._choose_seed()
+            )
+            outputs: list[Any] = []
+            step, batch = -1, None
+            with self._running("on_prediction_run_end"), self._evaluating(loader):
+                self.prediction_run_start()
+                self._event("on_prediction_run_begin")
+                self.predict_epoch_start()
+                self._event("on_predict_epoch_begin")
+                try:
+                    for step, batch in enumerate(loader.iterate(epoch=0)):
+                        self._event("on_predict_step_begin")
+                        output = self.calculate_predictions(batch)
+                        self._event("on_predict_step_end", batch=batch, batch_output=output, step=step)
+                        # To the host at once, which waits for the device: the outputs of a dataset may not fit on it.
+                        outputs.append(distributed.to_host(self.gather(output)))
+                        batch = None
+                except Exception as error:
+                    self._locate(error, "predicting", step, batch)
+                    raise
+                self.predict_epoch_end()
+                self._event("on_predict_epoch_end")
+                self.prediction_run_end()
+            return distributed.concatenate(outputs)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The loop
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _run_train_epoch(self) -> None:
+        loader, window, counters = self._train_dataloader, self._window, self.run_history.counters
+        assert loader is not None and window is not None, "train() has made them"
+        counters.current_epoch += 1
+        data_pass = self.data_pass = DataPass(loader, self.accelerator, self.metrics, window)
+        accumulation_steps = self.run_config.gradient_accumulation_steps
+        step, batch = -1, None
+        self.train_epoch_start()
+        self._event("on_train_epoch_begin")
+        try:
+            with contextlib.closing(loader.iterate(counters.current_epoch)) as batches:
+                for step, batch in enumerate(batches):
+                    is_update = window.begin_step(loader.is_last)
+                    with self._engine.gradient_sync(is_update, accumulation_steps):
+                        self._event("on_train_step_begin")
+                        batch_output = self._account(batch, self.calculate_train_batch_loss(batch))
+                        self._event("on_train_step_end", batch=batch, batch_output=batch_output, step=step)
+                        self.backward_step(data_pass.weigh(batch_output["loss"]))
+                    counters.num_steps += 1
+                    counters.num_samples += loader.round_samples
+                    if is_update:
+                        window.close(self.model.parameters())
+                        self.clip_gradients()
+                        self._event("on_optimizer_step_begin")
+                        if not self._update_is_skipped:
+                            self.optimizer_step()
+                        if is_applied := self._count_update():
+                            self.scheduler_step()
+                        self.optimizer_zero_grad()
+                        if is_applied:
+                            self._event("on_train_update_end")
+                        if counters.num_updates == self._update_limit:
+                            break
+                    batch = None  # so that an error while fetching the next batch does not speak of this one
+        except Exception as error:
+            self._locate(error, "training", step, batch)
+            raise
+        if step < 0:
+            raise ValueError(
+                f"epoch {counters.current_epoch} gave no batch: the training data yields nothing (any more)."
+            )
+        self._record("train_loss_epoch", "train")
+        self.train_epoch_end()
+        self._event("on_train_epoch_end")
+
+    def run_evaluation(self, is_intermediate: bool = False) -> None:
+        """Evaluate on the evaluation sets of the training run, and go on as if nothing had happened.
+
+        The mode of each module, the random streams and the position in the training data are left as they were found.
+
+        Args:
+            is_intermediate: passed to the callbacks; True for an evaluation that is not the one at the end of an epoch.
+        """
+        for name, loader in self._eval_dataloaders.items():
+            prefix = f"eval_{name}" if name else "eval"
+            self._run_eval_epoch(loader, f"{prefix}_loss_epoch", prefix, name, is_intermediate)
+
+    def _run_eval_epoch(
+        self, loader: data.ShardedDataLoader, loss_name: str, prefix: str, name: str | None, is_intermediate: bool
+    ) -> dict[str, Any]:
+        step, batch = -1, None
+        facts = {"eval_name": name, "is_intermediate": is_intermediate}
+        with self._evaluating(loader):
+            self.eval_epoch_start()
+            self._event("on_eval_epoch_begin", **facts)
+            loader.limit = self.limit_eval_batches
+            try:
+                # The randomness of evaluation data is that of epoch 0, always, so that evaluations can be compared.
+                for step, batch in enumerate(loader.iterate(epoch=0)):
+                    self._event("on_eval_step_begin")
+                    batch_output = self._account(batch, self.calculate_eval_batch_loss(batch))
+                    self._event("on_eval_step_end", batch=batch, batch_output=batch_output, step=step)
+                    batch = None
+            except Exception as error:
+                self._locate(error, "evaluating", step, batch)
+                raise
+            if step < 0:
+                raise ValueError(f"the evaluation set {name or ''} gave no batch: it yields nothing (any more).")
+            results = self._record(loss_name, prefix)
+            self.eval_epoch_end()
+            self._event("on_eval_epoch_end", **facts)
+        return results
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Hooks that set up a run
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def create_accelerator(self) -> Accelerator:
+        """Return the Accelerator; called once, when the trainer is made without one.
+
+        The default makes one without arguments, which takes everything from ``accelerate launch`` and the environment.
+        """
+        return Accelerator()
+
+    def create_train_dataloader(self, batch_size: int, train_dl_kwargs: dict[str, Any] | None = None) -> Any:
+        """Return a DataLoader over all of ``self.train_dataset``, as for a single process; called when training begins.
+
+        The trainer gives each process its part of it, with an order that is a function of seed and epoch where the
+        loader's sampler is torch's plain ``RandomSampler``. The default makes one with ``get_default_train_dl_kwargs``,
+        over which ``train_dl_kwargs`` win; a dataset that is a DataLoader is returned as it is.
+
+        Args:
+            batch_size: samples in a batch of one process.
+            train_dl_kwargs: ``train(train_dataloader_kwargs=...)``.
+        """
+        defaults = self.get_default_train_dl_kwargs(batch_size)
+        return data.create_dataloader(self.train_dataset, self.collate_fn, defaults, train_dl_kwargs or {})
+
+    def create_eval_dataloader(self, batch_size: int, eval_dl_kwargs: dict[str, Any] | None = None) -> Any:
+        """Return a DataLoader over all of ``self.eval_dataset``; called when training or evaluation begins.
+
+        Where there are several evaluation sets it is called for each, with ``self.eval_dataset`` set to that one.
+
+        Args:
+            batch_size: samples in a batch of one process.
+            eval_dl_kwargs: ``train(eval_dataloader_kwargs=...)`` or ``evaluate(dataloader_kwargs=...)``.
+        """
+        defaults = self.get_default_eval_dl_kwargs(batch_size)
+        return data.create_dataloader(self.eval_dataset, self.collate_fn, defaults, eval_dl_kwargs or {})
+
+    def create_predict_dataloader(self, batch_size: int, predict_dl_kwargs: dict[str, Any] | None = None) -> Any:
+        """Return a DataLoader over all of ``self.predict_dataset``, in order; called when prediction begins.
+
+        Args:
+            batch_size: samples in a batch of one process.
+            predict_dl_kwargs: ``predict(dataloader_kwargs=...)``.
+        """
+        defaults = self.get_default_eval_dl_kwargs(batch_size)
+        return data.create_dataloader(self.predict_dataset, self.collate_fn, defaults, predict_dl_kwargs or {})
+
+    def get_default_train_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
+        """Return the arguments of the training DataLoader that the user's are laid over."""
+        return {"batch_size": batch_size, "shuffle": True, "pin_memory": self.device.type == "cuda"}
+
+    def get_default_eval_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
+        """Return the arguments of the evaluation and prediction DataLoaders that the user's are laid over."""
+        return {"batch_size": batch_size, "shuffle": False, "pin_memory": self.device.type == "cuda"}
+
+    def create_scheduler(self) -> Any:
+        """Return the learning rate scheduler, or None; called when training begins, once ``self.run_config`` is there.
+
+        It is stepped once per update by ``scheduler_step``. The default calls ``create_scheduler_fn`` with the
+        optimizer, placeholders replaced by their numbers.
+        """
+        if self.create_scheduler_fn is None:
+            return None
+        return resolve_placeholders(self.create_scheduler_fn, self.run_config)(raw_optimizer(self.optimizer))
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Hooks of a training run
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def training_run_start(self) -> None:
+        """Act when a training run begins: everything is prepared. The default does nothing."""
+
+    def train_epoch_start(self) -> None:
+        """Act when a pass over the training data begins.
+
+        The default puts the model in training mode if it is in evaluation mode; single modules that were put in
+        evaluation mode inside a model in training mode, such as frozen batch norms, stay there.
+        """
+        if not self.model.training:
+            self.model.train()
+
+    def calculate_train_batch_loss(self, batch: Any) -> BatchOutput | Tensor:
+        """Return the loss of a training batch; called for each batch.
+
+        The default calls the model with the first element of a batch ``(inputs, targets)`` and the loss function with
+        the output and the second. A dict becomes keyword arguments; with a loss function its ``"labels"`` are the
+        targets. Without a loss function the whole batch goes to the model, whose own loss is taken.
+
+        Args:
+            batch: as the DataLoader made it, on ``self.device``.
+
+        Returns:
+            A dict with ``"loss"``, a scalar tensor, the mean over the items of the batch; optionally
+            ``"model_outputs"``, which metrics are given; ``"batch_size"``, the samples in the batch, which the trainer
+            knows by itself where the loader makes the batches; and ``"num_items_in_batch"``, a number or a scalar
+            tensor on the device: how many items (tokens, pixels) the loss is the mean of on this process, where that is
+            not the number of samples. Other entries reach the callbacks. Or the loss tensor alone.
+        """
+        return calculate_batch_loss(self.model, self.loss_func, batch, self.data_pass)
+
+    def backward_step(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss`` to those of its window; called for each batch.
+
+        Args:
+            loss: scalar tensor, weighed so that the sum over a window has the gradient of the one big batch.
+        """
+        if self._engine.is_plain:
+            loss.backward()  # type: ignore[no-untyped-call]  # Accelerate's backward divides first, one more node per step
+        else:
+            self.accelerator.backward(loss)
+
+    def clip_gradients(self) -> None:
+        """Limit the gradients; called once per update, when they are complete.
+
+        The default applies ``gradient_clip_value``, then ``gradient_clip_norm``, and keeps the total norm before
+        clipping in ``self.gradient_norm``, a scalar tensor on the device.
+        """
+        config = self.run_config
+        if config.gradient_clip_value is not None:
+            self.accelerator.clip_grad_value_(self.model.parameters(), config.gradient_clip_value)
+        if config.gradient_clip_norm is not None:
+            clip = nn.utils.clip_grad_norm_ if self._engine.is_plain else self.accelerator.clip_grad_norm_
+            self.gradient_norm = clip(self.model.parameters(), config.gradient_clip_norm)
+
+    def optimizer_step(self) -> None:
+        """Change the weights; called once per update. The default calls the optimizer's ``step``."""
+        self._engine.stepped_optimizer.step()
+
+    def scheduler_step(self) -> None:
+        """Change the learning rate; called once per update that was made. The default calls ``scheduler.step()``."""
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def optimizer_zero_grad(self) -> None:
+        """Forget the gradients; called once per update. The default sets them to None."""
+        self._engine.stepped_optimizer.zero_grad()
+
+    def train_epoch_end(self) -> None:
+        """Act when a pass over the training data is over: its metrics are in the history. The default does nothing."""
+
+    def eval_epoch_start(self) -> None:
+        """Act when a pass over evaluation data begins. The default puts the model in evaluation mode.
+
+        Afterwards the trainer gives each module its mode back.
+        """
+        self.model.eval()
+
+    def calculate_eval_batch_loss(self, batch: Any) -> BatchOutput | Tensor:
+        """Return the loss of an evaluation batch; called for each batch, without gradients.
+
+        Takes and returns what ``calculate_train_batch_loss`` does, and does the same by default. On a process that has
+        no samples left while others have, the batch is a repeated sample, which is not counted: ``self.has_samples`` is
+        False.
+        """
+        return calculate_batch_loss(self.model, self.loss_func, batch, self.data_pass)
+
+    def eval_epoch_end(self) -> None:
+        """Act when a pass over evaluation data is over: its metrics are in the history. The default does nothing."""
+
+    def training_run_end(self) -> None:
+        """Act when a training run has come to its end, early or not, but did not fail. The default does nothing."""
+
+    def update_metrics(self, metrics: Metric | MetricCollection, batch: Any, batch_output: BatchOutput) -> None:
+        """Add a batch to the metrics; called after each loss where the trainer was given ``metrics``.
+
+        The default takes the predictions from ``batch_output["predictions"]`` if it is there, else
+        ``["model_outputs"]`` (its ``logits`` if it has such), and the targets from ``batch_output["targets"]`` if it is
+        there, else from the batch: the second of a pair, ``"labels"`` of a dict.
+
+        Args:
+            metrics: a copy of the trainer's metrics for this pass.
+            batch: the batch.
+            batch_output: what ``calculate_*_batch_loss`` returned.
+
+        Raises:
+            BatchError: if there are no predictions or no targets.
+        """
+        outputs = batch_output.get("predictions", batch_output.get("model_outputs"))
+        outputs = getattr(outputs, "logits", outputs)
+        targets = batch_output["targets"] if "targets" in batch_output else split_batch(batch)[1]
+        if outputs is None or targets is None:
+            raise BatchError(
+                f"metrics need predictions and targets. Return them from calculate_*_batch_loss as 'model_outputs' (or "
+                f"'predictions') and 'targets', or override update_metrics. Got the entries {sorted(batch_output)} "
+                f"and the batch "
+                f"{data.describe(batch)}."
+            )
+        metrics.update(outputs.detach(), targets)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Hooks of evaluation and prediction runs
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def evaluation_run_start(self) -> None:
+        """Act when ``evaluate`` begins. The default does nothing."""
+
+    def evaluation_run_end(self) -> None:
+        """Act when ``evaluate`` has come to its end, but did not fail. The default does nothing."""
+
+    def prediction_run_start(self) -> None:
+        """Act when ``predict`` begins. The default does nothing."""
+
+    def predict_epoch_start(self) -> None:
+        """Act when the pass over the data to predict begins. The default puts the model in evaluation mode."""
+        self.model.eval()
+
+    def calculate_predictions(self, batch: Any) -> Any:
+        """Return the model's outputs for a batch; called for each batch of ``predict``, without gradients.
+
+        The default calls the model with a tensor, the first element of a tuple or list, or the entries of a dict.
+
+        Returns:
+            A tensor whose first dimension is the sample, or a nested tuple, list or dict of such.
+        """
+        if isinstance(batch, Mapping):
+            labels = () if self.loss_func is None else ("labels",)
+            return self.model(**{key: value for key, value in batch.items() if key not in labels})
+        return self.model(batch[0] if isinstance(batch, list | tuple) else batch)
+
+    def predict_epoch_end(self) -> None:
+        """Act when the pass over the data to predict is over. The default does nothing."""
+
+    def prediction_run_end(self) -> None:
+        """Act when ``predict`` has come to its end, but did not fail. The default does nothing."""
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Conveniences
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of this process."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def num_samples(self) -> int:
+        """Return the training samples seen, over all processes."""
+        return self.run_history.counters.num_samples
+
+    @property
+    def num_steps(self) -> int:
+        """Return the training batches of one process that went through the hooks."""
+        return self.run_history.counters.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """Return the optimizer steps that changed the weights."""
+        return self.run_history.counters.num_updates
+
+    @property
+    def num_skipped_updates(self) -> int:
+        """Return the updates that were left out because of numbers that are not finite."""
+        return self.run_history.counters.num_skipped_updates
+
+    @property
+    def current_epoch(self) -> int:
+        """Return the number of the epoch in progress, from 1; 0 before the first."""
+        return self.run_history.counters.current_epoch
+
+    @property
+    def last_epoch(self) -> int | None:
+        """Return the number of the last epoch of the run; None where only updates limit it."""
+        return self._epoch_limit
+
+    @property
+    def has_samples(self) -> bool:
+        """Return whether the batch in use is this process's own.
+
+        False while a process for which nothing is left in the last round repeats a sample, which weighs nothing.
+        """
+        return self.data_pass is None or self.data_pass.loader.has_samples
+
+    def get_model(self, keep_torch_compile: bool = False) -> nn.Module:
+        """Return the model without the wrappers of Accelerate and, unless ``keep_torch_compile``, of torch.compile."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=keep_torch_compile)
+        return model
+
+    def gather(self, tensor: Any, padding_value: float | None = None) -> Any:
+        """Return the rows of ``tensor`` of all processes, joined in their order, on every process.
+
+        Collective: every process must call it. Numbers of rows may differ. During a step, a process that repeats a
+        sample because it has none left contributes nothing, so that each sample is there once.
+
+        Args:
+            tensor: shape ``(N, ...)``, or a nested tuple, list or dict of such; a scalar counts as one row.
+            padding_value: what to fill up with where other dimensions than the first differ between processes.
+
+        Raises:
+            ValueError: if such dimensions differ and there is no ``padding_value``.
+        """
+        return distributed.gather(self.accelerator, tensor, padding_value, contributes=self.has_samples)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print, on the main process only."""
+        self.accelerator.print(*args, **kwargs)
+
+    def skip_update(self) -> None:
+        """Leave out the update about to be made; call it in ``on_optimizer_step_begin``, on every process alike."""
+        self._update_is_skipped = True
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Private: one batch
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _event(self, event: str, **kwargs: Any) -> None:
+        self.callback_handler.call_event(event, self, **kwargs)
+
+    def _account(self, batch: Any, output: BatchOutput | Tensor) -> BatchOutput:
+        """Add a batch to the sums of its pass, note what its loss weighs, and return the completed output."""
+        data_pass = self.data_pass
+        assert data_pass is not None, "a pass is in progress"
+        batch_output = data_pass.account(output)
+        if data_pass.metrics is not None and data_pass.loader.has_samples:
+            self.update_metrics(data_pass.metrics, batch, batch_output)
+        return batch_output
+
+    def _count_update(self) -> bool:
+        """Count the update, made or skipped, and return whether the weights have changed."""
+        is_skipped, self._update_is_skipped = self._update_is_skipped, False
+        is_skipped = is_skipped or self._engine.step_was_skipped()
+        if is_skipped:
+            self.run_history.counters.num_skipped_updates += 1
+        else:
+            self.run_history.counters.num_updates += 1
+        return not is_skipped
+
+    def _record(self, loss_name: str, prefix: str) -> dict[str, Any]:
+        """Put the results of the pass into the history, and return them. Collective."""
+        assert self.data_pass is not None, "a pass is in progress"
+        results = self.data_pass.results(loss_name, prefix)
+        for name, value in results.items():
+            self.run_history.update_metric(name, value)
+        return results
+
+    def _locate(self, error: Exception, doing: str, step: int, batch: Any) -> None:
+        """Add a note to an exception that says where in the run it happened."""
+        if isinstance(error, StopTrainingError):
+            return
+        where = f"step {step}" if batch is not None else f"before step {step + 1}, fetching its batch"
+        what = f"; batch: {data.describe(batch)}" if batch is not None else ""
+        error.add_note(
+            f"pytorch_accelerated: while {doing}, epoch {self.current_epoch}, {where} of the pass (counted from 0), "
+            f"{self.num_updates} updates made, process {self.accelerator.process_index} of "
+            f"{self.accelerator.num_processes}{what}"
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Private: a run
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _running(self, end_event: str, is_training: bool = False) -> Iterator[None]:
+        """Set the run up and clear up after it, tell callbacks of failures, and fire the end event whatever happens."""
+        if is_training and self.seed is not None:
+            process = self.accelerator.process_index
+            data.seed_all_streams(self.seed if process == 0 else data.mix(self.seed, "process", process))
+        with self._engine.in_use(), self._setting(is_training_run=is_training, data_pass=None):
+            try:
+                yield
+            except BaseException as error:
+                self._fail(error, end_event)
+                raise
+            finally:
+                self._update_is_skipped = False
+            self._event(end_event)
+
+    def _fail(self, error: BaseException, end_event: str) -> None:
+        """Tell the callbacks of a failure. Raises ProcessFailedError if the failure is another process's."""
+        distributed.report_failure(self.accelerator, error)
+        self.callback_handler.call_event_after_failure("on_exception", self, error, exception=error)
+        self.callback_handler.call_event_after_failure(end_event, self, error)
+        if (cause := distributed.peer_failure(self.accelerator, error)) is not None:
+            raise cause from None
+
+    @contextlib.contextmanager
+    def _evaluating(self, loader: data.ShardedDataLoader) -> Iterator[None]:
+        """Go without gradients through ``loader``, and leave modes and random streams as they were."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        with self._setting(data_pass=DataPass(loader, self.accelerator, self.metrics, window=None)):
+            try:
+                # Not inference_mode: its tensors cannot be used in training, and compiled or sharded models refuse it.
+                with torch.no_grad(), data.random_streams_preserved(self.device):
+                    yield
+            finally:
+                for module, mode in modes:
+                    module.training = mode
+
+    @contextlib.contextmanager
+    def _setting(self, **attributes: Any) -> Iterator[None]:
+        """Give attributes other values inside the block."""
+        before = {name: getattr(self, name) for name in attributes}
+        vars(self).update(attributes)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def _is_finished(self) -> bool:
+        if self._epoch_limit is not None and self.current_epoch >= self._epoch_limit:
+            return True
+        return self._update_limit is not None and self.num_updates >= self._update_limit
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Private: setting up
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _choose_seed(self) -> int:
+        """Return the seed of the data's order and randomness, the same on every process, drawing from no stream."""
+        if self.seed is not None:
+            return self.seed
+        # As nothing is drawn, a second run could find the streams as the first did; it must not repeat its order.
+        seed = data.mix(data.peek_at_torch_stream(), self._num_runs_started)
+        return distributed.broadcast_from_main(self.accelerator, seed)
+
+    def _create_eval_dataloaders(
+        self, batch_size: int, kwargs: dict[str, Any], seed: int
+    ) -> dict[str | None, data.ShardedDataLoader]:
+        if self.eval_dataset is None:
+            return {}
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
+        loaders: dict[str | None, data.ShardedDataLoader] = {}
+        for name, dataset in named.items():
+            with self._setting(eval_dataset=dataset):
+                dataloader = self.create_eval_dataloader(batch_size, kwargs)
+            loaders[name] = data.shard_dataloader(dataloader, self.accelerator, data.mix(seed, "eval"))
+            loaders[name].limit = self.limit_eval_batches
+        return loaders
+
+    def _create_run_config(self, **facts: Any) -> TrainerRunConfig:
+        accelerator = self.accelerator
+        return TrainerRunConfig(
+            num_processes=accelerator.num_processes,
+            mixed_precision=accelerator.mixed_precision,
+            is_main_process=accelerator.is_main_process,
+            is_local_main_process=accelerator.is_local_main_process,
+            **facts,
+        )
+
+    def _prepare_run(self, **facts: Any) -> None:
+        """Make loaders, run configuration and scheduler of a training run, and prepare model and optimizer."""
+        seed = self._choose_seed()
+        kwargs, eval_kwargs = facts["train_dl_kwargs"], facts["eval_dl_kwargs"]
+        dataloader = self.create_train_dataloader(facts["train_per_device_batch_size"], kwargs)
+        loader = self._train_dataloader = data.shard_dataloader(dataloader, self.accelerator, seed)
+        loader.limit = self.limit_train_batches
+        self._eval_dataloaders = self._create_eval_dataloaders(facts["eval_per_device_batch_size"], eval_kwargs, seed)
+        self._prepare_model_and_optimizer()
+
+        facts["train_per_device_batch_size"] = loader.batch_size
+        self.run_config = self._create_run_config(
+            train_dataloader_len=loader.num_steps,
+            eval_dataloader_len=_total_length(self._eval_dataloaders),
+            seed=seed,
+            **facts,
+        )
+        self.scheduler = self.create_scheduler()
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            raise TypeError(
+                "ReduceLROnPlateau moves by a metric, not once per update: leave create_scheduler_fn out, and call its "
+                "step in eval_epoch_end: self.plateau.step(self.run_history.get_latest_metric('eval_loss_epoch'))."
+            )
+        self._window = AccumulationWindow(
+            self.run_config.gradient_accumulation_steps,
+            self.accelerator.num_processes,
+            partial(distributed.reduce_sum, self.accelerator),
+            self.device,
+        )
+        self._num_runs_started += 1
+        raw_optimizer(self.optimizer).zero_grad()  # gradients that an interrupted run left behind
+
+    def _prepare_model_and_optimizer(self) -> None:
+        others = [value for value in vars(self).values() if isinstance(value, nn.Module) and value is not self.model]
+        self.model, self.optimizer = self._engine.prepare(self.model, self.optimizer, others)
+
+
+def _total_length(loaders: Mapping[Any, data.ShardedDataLoader]) -> int | None:
+    lengths = [loader.num_steps for loader in loaders.values()]
+    return sum(length for length in lengths if length is not None) if lengths and None not in lengths else None
