@@ -1,0 +1,140 @@
+"""What several tests need: small models and data, and real processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import queue
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from pytorch_accelerated import Trainer
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# Children are forked from a server that has imported these once, so that they start in well under a second. The first
+# optimizer would import torch._dynamo.
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "accelerate", "torchmetrics", "tests.support"])
+
+
+def run_processes(function: Callable[..., Any], num_processes: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """Call ``function(*args)`` in real processes that know of each other (gloo), and return what each returned.
+
+    Raises RuntimeError with the traceback if one raised.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = _CONTEXT.Queue()
+    processes = [
+        _CONTEXT.Process(target=_enter, args=(function, args, rank, num_processes, port, results))
+        for rank in range(num_processes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        returned: dict[int, Any] = {}
+        for _ in processes:
+            try:
+                rank, is_fine, result = results.get(timeout=timeout)
+            except queue.Empty:
+                raise RuntimeError(f"processes {set(range(num_processes)) - set(returned)} hang") from None
+            if not is_fine:
+                raise RuntimeError(f"process {rank} of {num_processes} failed:\n{result}")
+            returned[rank] = pickle.loads(result)
+        for process in processes:
+            process.join(timeout)
+        return [returned[rank] for rank in range(num_processes)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _enter(function: Callable[..., Any], args: Any, rank: int, num_processes: int, port: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        result = function(*args)
+        # A test that believes to run in two processes and runs in one proves nothing.
+        from accelerate import PartialState
+
+        assert PartialState().num_processes == num_processes
+        assert num_processes == 1 or torch.distributed.get_world_size() == num_processes
+        # Pickled here: a queue would send tensors as handles, which die with their process.
+        results.put((rank, True, pickle.dumps(result)))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def make_mlp(seed: int = 0, inputs: int = 4, outputs: int = 3, dropout: float = 0.0) -> nn.Module:
+    """Return a small network with the same weights for the same seed, drawing from no global stream."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(inputs, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, outputs))
+
+
+def make_data(num_samples: int, seed: int = 0, inputs: int = 4, outputs: int = 3) -> TensorDataset:
+    """Return a classification set: x of shape (N, inputs), y of shape (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_samples, inputs, generator=generator)
+    return TensorDataset(x, torch.randint(outputs, (num_samples,), generator=generator))
+
+
+class PlainDataset(Dataset[Any]):
+    """A map-style dataset in Python, over the samples of another."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[index]
+
+
+class Stream(IterableDataset[Any]):
+    """An iterable dataset without length, over the samples of another."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __iter__(self) -> Any:
+        for index in range(len(self.source)):
+            yield self.source[index]
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Return a copy of the weights of a trainer's model."""
+    return {name: value.detach().clone() for name, value in trainer.get_model().state_dict().items()}
+
+
+def assert_equal_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Check that two sets of weights are the same to the bit."""
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} differs by {(value - second[name]).abs().max()}"
+
+
+def relative_error(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """Return the norm of the difference of two sets of tensors, relative to the norm of the second."""
+    flat = [torch.cat([tensors[name].double().flatten() for name in sorted(tensors)]) for tensors in (first, second)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
