@@ -143,7 +143,9 @@ def test_processes_share_an_epoch_and_its_order(num_processes: int, stream: bool
     by_process = run_processes(see_in_process, num_processes, stream)
     for epoch in range(2):
         batches = [results[epoch] for results in by_process]
-        rounds_by_process = list(zip_longest(*batches, fillvalue=[]))  # one with nothing left in the last round kept nothing
+        rounds_by_process = list(
+            zip_longest(*batches, fillvalue=[])
+        )  # one with nothing left in the last round kept nothing
         rounds = [[row for batch in round_ for row in batch] for round_ in rounds_by_process]
         order = [row[0] for round_ in rounds for row in round_]
         assert order == torch.cat(alone[epoch])[:, 0].tolist()
@@ -247,7 +249,11 @@ def test_two_runs_with_one_seed_are_bit_equal(workers: int) -> None:
 
     def train(seed: int) -> Any:
         trainer = Trainer(
-            make_mlp(dropout=0.3), nn.CrossEntropyLoss(), lambda p: torch.optim.Adam(p, lr=0.01), callbacks=None, seed=seed
+            make_mlp(dropout=0.3),
+            nn.CrossEntropyLoss(),
+            lambda p: torch.optim.Adam(p, lr=0.01),
+            callbacks=None,
+            seed=seed,
         )
         trainer.train(Noisy(make_data(20)), 2, Noisy(make_data(6)), train_dataloader_kwargs={"num_workers": workers})
         return weights_of(trainer), trainer.run_history.state_dict()
@@ -430,5 +436,7 @@ def test_describe_says_structure_and_no_values() -> None:
 def test_create_dataloader_gives_plain_torch_loaders() -> None:
     loader = create_dataloader(Augmented(5), None, {"batch_size": 2, "shuffle": True}, {"batch_size": 3})
     assert type(loader) is DataLoader and loader.batch_size == 3 and type(loader.sampler) is RandomSampler
-    batches = create_dataloader(Augmented(5), None, {"batch_size": 2, "shuffle": True}, {"batch_sampler": [[0], [1, 2]]})
+    batches = create_dataloader(
+        Augmented(5), None, {"batch_size": 2, "shuffle": True}, {"batch_sampler": [[0], [1, 2]]}
+    )
     assert [len(batch) for batch in batches] == [1, 2]

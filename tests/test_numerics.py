@@ -86,7 +86,11 @@ def test_equals_loop_by_hand_to_the_bit(by_hand: dict[str, Any], by_trainer: dic
     trainer = Recorder(model, nn.CrossEntropyLoss(), optimizer)
     dataset = {"tensors": data, "plain": PlainDataset(data), "stream": Stream(data)}[kind]
     history = trainer.train(
-        dataset, 3, per_device_batch_size=4, train_dataloader_kwargs={} if kind == "stream" else {"shuffle": False}, **by_trainer
+        dataset,
+        3,
+        per_device_batch_size=4,
+        train_dataloader_kwargs={} if kind == "stream" else {"shuffle": False},
+        **by_trainer,
     )
     assert trainer.losses == losses
     assert_equal_weights(weights_of(trainer), weights)
@@ -119,7 +123,9 @@ def make_token_data(num_samples: int) -> torch.utils.data.TensorDataset:
     return torch.utils.data.TensorDataset(*data.tensors, torch.tensor(LENGTHS[:num_samples]))
 
 
-def updates_by_hand(data: Any, update_size: int, weighs_tokens: bool, clip_norm: float | None) -> list[dict[str, Tensor]]:
+def updates_by_hand(
+    data: Any, update_size: int, weighs_tokens: bool, clip_norm: float | None
+) -> list[dict[str, Tensor]]:
     """Return the gradients of the updates of one epoch, each made of one big batch, with SGD in between."""
     model = make_mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -157,7 +163,9 @@ def train_updates(
     weighs_tokens = mode.startswith("tokens")
     model = make_mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = (TokenKeeper if weighs_tokens else GradientKeeper)(model, nn.CrossEntropyLoss(), optimizer, callbacks=None)
+    trainer = (TokenKeeper if weighs_tokens else GradientKeeper)(
+        model, nn.CrossEntropyLoss(), optimizer, callbacks=None
+    )
     if weighs_tokens:
         trainer.as_tensor = mode == "tokens as tensor"
     data = make_token_data(num_samples) if weighs_tokens else make_data(num_samples)
