@@ -188,8 +188,8 @@ class _RoundSampler:
             if isinstance(sampler, DistributedSampler):
                 raise ValueError(
                     "got a DistributedSampler; the Trainer gives each process its part of the data by itself, and "
-                    "would divide "
-                    "that part again. Pass the sampler for one process (shuffle=True, or your own sampler)."
+                    "would divide that part again. Pass the sampler for one process (shuffle=True, or your own "
+                    "sampler)."
                 )
 
     def __len__(self) -> int:
@@ -563,10 +563,15 @@ def shard_dataloader(dataloader: Any, accelerator: Accelerator, seed: int) -> Sh
         raise ValueError(
             f"{_name_of(dataloader)} gives no batch: {size}, per_device_batch_size {loader.batch_size}, "
             f"{accelerator.num_processes} process(es), drop_last={getattr(dataloader, 'drop_last', None)}. Use a "
-            f"smaller batch "
-            f"size or drop_last=False."
+            "smaller batch size or drop_last=False."
         )
     return loader
+
+
+def total_length(loaders: Iterable[ShardedDataLoader]) -> int | None:
+    """Return the steps of all loaders together; None if there is no loader, or one has no known length."""
+    lengths = [loader.num_steps for loader in loaders]
+    return sum(length for length in lengths if length is not None) if lengths and None not in lengths else None
 
 
 def create_dataloader(
@@ -599,7 +604,7 @@ def create_dataloader(
     if isinstance(dataset, DataLoader) or not (is_stream or hasattr(dataset, "__getitem__")):
         if not hasattr(dataset, "__iter__"):
             raise TypeError(
-                f"expected a dataset (with __getitem__, or an IterableDataset) or a DataLoader, got "
+                "expected a dataset (with __getitem__, or an IterableDataset) or a DataLoader, got "
                 f"{_type_name(dataset)}."
             )
         if arguments or collate_fn is not None:

@@ -40,14 +40,11 @@ def check_launch(accelerator: Accelerator) -> None:
     if world_size > 1 and accelerator.num_processes == 1:
         raise LaunchError(
             f"the launcher started WORLD_SIZE={world_size} processes, but Accelerate counts 1: each of them would "
-            f"train on its "
-            f"own. On a machine without GPUs, tell Accelerate to use the CPU: ACCELERATE_USE_CPU=true accelerate "
-            f"launch "
-            f"--multi_gpu --num_processes {world_size} --num_machines 1 --mixed_precision no --dynamo_backend no "
-            f"script.py, "
-            f"or ACCELERATE_USE_CPU=true torchrun --nproc_per_node {world_size} script.py. On a machine with GPUs, "
-            f"check that "
-            f"torch.cuda.is_available() and that there are {world_size} of them."
+            "train on its own. On a machine without GPUs, tell Accelerate to use the CPU: ACCELERATE_USE_CPU=true "
+            f"accelerate launch --multi_gpu --num_processes {world_size} --num_machines 1 --mixed_precision no "
+            f"--dynamo_backend no script.py, or ACCELERATE_USE_CPU=true torchrun --nproc_per_node {world_size} "
+            f"script.py. On a machine with GPUs, check that torch.cuda.is_available() and that there are {world_size} "
+            "of them."
         )
 
 
@@ -55,8 +52,7 @@ def gather(accelerator: Accelerator, data: Any, padding_value: float | None = No
     """Return the rows of ``data`` of all processes, joined in the order of the processes, on every process.
 
     Collective: every process must call it. The numbers of rows may differ between processes, and may be zero. With
-        several
-    processes this waits for the device, because the shapes must be known on the host.
+    several processes this waits for the device, because the shapes must be known on the host.
 
     Args:
         accelerator: the processes.
@@ -100,9 +96,9 @@ def concatenate(parts: list[Any]) -> Any:
         if len({part.shape[1:] for part in parts}) > 1:
             shapes = sorted({tuple(part.shape[1:]) for part in parts})
             raise ValueError(
-                f"the outputs of different batches cannot be joined, their shapes after the first dimension are "
-                f"{shapes}. Override "
-                f"calculate_predictions to return outputs of one shape, for example padded to a fixed length."
+                "the outputs of different batches cannot be joined, their shapes after the first dimension are "
+                f"{shapes}. Override calculate_predictions to return outputs of one shape, for example padded to a "
+                "fixed length."
             )
         return torch.cat(parts)
     if isinstance(first, Mapping):
@@ -145,8 +141,7 @@ def _gather_tensor(accelerator: Accelerator, tensor: Tensor, padding_value: floa
     ):
         raise ValueError(
             f"gather got tensors that do not fit together, by process: {shapes}. All must have the same number of "
-            f"dimensions, "
-            f"and may differ in other dimensions than the first only if a padding_value is given."
+            "dimensions, and may differ in other dimensions than the first only if a padding_value is given."
         )
     largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
     if largest[0] == 0:
@@ -273,8 +268,7 @@ def peer_failure(accelerator: Accelerator, error: BaseException) -> ProcessFaile
         return None
     return ProcessFailedError(
         f"process {process} of {accelerator.num_processes} failed, so process {accelerator.process_index} cannot go "
-        f"on. "
-        f"The error of process {process}, whose traceback it prints itself: {message}"
+        f"on. The error of process {process}, whose traceback it prints itself: {message}"
     )
 
 

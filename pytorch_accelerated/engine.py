@@ -80,7 +80,7 @@ class Engine:
             return max(steps, configured)
         raise ValueError(
             f"gradient_accumulation_steps is {steps} in train() and {configured} in Accelerate's configuration; set "
-            f"one of them."
+            "one of them."
         )
 
     @contextmanager
@@ -147,7 +147,6 @@ def _check_parameters(optimizer: Any, modules: Iterable[nn.Module]) -> None:
         raise ValueError(
             f"{len(strange)} of the {len(held)} parameters of the optimizer do not belong to the model (first shape "
             f"{tuple(strange[0].shape)}), so training would not move the model. Was the model, or a layer of it, "
-            f"replaced "
-            f"or copied after the optimizer was made? Make the optimizer last, or pass a function: "
-            f"optimizer=partial(AdamW, lr=1e-3)."
+            "replaced or copied after the optimizer was made? Make the optimizer last, or pass a function: "
+            "optimizer=partial(AdamW, lr=1e-3)."
         )

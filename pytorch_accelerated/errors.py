@@ -88,15 +88,13 @@ def refuse_near_misses(owner: type, base: type, hooks: Iterable[str], events: It
             if name in events:
                 raise ValueError(
                     f"{subclass.__name__}.{name} has the name of an event, which only callbacks hear. Override a hook "
-                    f"instead: "
-                    f"{', '.join(hooks)}."
+                    f"instead: {', '.join(hooks)}."
                 )
             hook = _FORMER_HOOKS.get(name) or _find_near_miss(name, hooks)
             if hook is not None:
                 raise ValueError(
                     f"{subclass.__name__}.{name} is no hook and would never be called. Did you mean {hook!r}? If it "
-                    f"is a helper of "
-                    f"your own, begin its name with an underscore. The hooks are: {', '.join(hooks)}."
+                    f"is a helper of your own, begin its name with an underscore. The hooks are: {', '.join(hooks)}."
                 )
 
 

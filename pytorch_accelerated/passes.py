@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from accelerate.utils import find_batch_size
+from accelerate.utils import find_batch_size, recursively_apply
 from torch import Tensor, nn
 
 from pytorch_accelerated import distributed
@@ -45,17 +45,16 @@ def calculate_batch_loss(
         if loss is None:
             raise BatchError(
                 f"the trainer has no loss_func, and the model's output has no loss of its own: {describe(outputs)}. "
-                f"Pass "
-                f"loss_func, return 'loss' from the model, or override calculate_train_batch_loss and "
-                f"calculate_eval_batch_loss."
+                "Pass loss_func, return 'loss' from the model, or override calculate_train_batch_loss and "
+                "calculate_eval_batch_loss."
             )
     else:
         inputs, targets = split_batch(batch)
         if targets is None:
             raise BatchError(
-                f"the default hooks take a batch (inputs, targets), or a dict with 'labels', but got: "
-                f"{describe(batch)}. "
-                f"Override calculate_train_batch_loss and calculate_eval_batch_loss to say what goes where."
+                "the default hooks take a batch (inputs, targets), or a dict with 'labels', but got: "
+                f"{describe(batch)}. Override calculate_train_batch_loss and calculate_eval_batch_loss to say what "
+                "goes where."
             )
         outputs = model(**inputs) if isinstance(batch, Mapping) else model(inputs)
         loss = loss_func(outputs, targets)
@@ -89,6 +88,34 @@ def as_metric(metrics: Any) -> Metric | MetricCollection | None:
     raise TypeError(
         f"metrics must be a torchmetrics Metric, a MetricCollection or a dict of metrics, got {type(metrics).__name__}."
     )
+
+
+def update_metrics(metrics: Metric | MetricCollection, batch: Any, batch_output: BatchOutput) -> None:
+    """Add a batch to metrics, in the usual ways.
+
+    Args:
+        metrics: what to update.
+        batch: the batch.
+        batch_output: what a ``calculate_*`` hook returned; its ``"predictions"`` and ``"targets"`` come first, then its
+            ``"model_outputs"`` and the targets of the batch.
+
+    Raises:
+        BatchError: if there are no predictions or no targets.
+    """
+    predictions = batch_output.get("predictions")
+    if predictions is None:
+        predictions = batch_output.get("model_outputs")
+        if isinstance(predictions, Mapping):  # Hugging Face's outputs are mappings as well
+            predictions = predictions.get("logits")
+    targets = batch_output["targets"] if "targets" in batch_output else split_batch(batch)[1]
+    if predictions is None or targets is None:
+        raise BatchError(
+            "metrics need predictions and targets. Return them from calculate_*_batch_loss as 'model_outputs' "
+            "(or 'predictions') and 'targets', or override update_metrics. Got the entries "
+            f"{sorted(batch_output)} and the batch {describe(batch)}."
+        )
+    # A metric that keeps what it is given would keep the graph as well.
+    metrics.update(recursively_apply(lambda tensor: tensor.detach(), predictions), targets)
 
 
 class DataPass:
@@ -149,9 +176,8 @@ class DataPass:
         counts_items = num_items is not None
         if self._counts_items not in (None, counts_items):
             raise BatchError(
-                "some batches came with 'num_items_in_batch' and some without: one loss would be weighed by items and "
-                "the other "
-                "by samples. Return it for every batch or for none."
+                "some batches came with 'num_items_in_batch' and some without: one loss would be weighed by items "
+                "and the other by samples. Return it for every batch or for none."
             )
         self._counts_items = counts_items
         if not loader.has_samples:
@@ -185,8 +211,7 @@ class DataPass:
         elif self._window is not None and not loss.requires_grad:
             problem = (
                 "returned a loss that depends on no trainable parameter: it was detached (.item(), .detach(), "
-                "no_grad, numpy), "
-                "or every parameter is frozen"
+                "no_grad, numpy), or every parameter is frozen"
             )
         size = output.get("batch_size") if isinstance(output, dict) else None
         if (
@@ -198,8 +223,8 @@ class DataPass:
         ):
             problem = (
                 f"returned batch_size {size}, but the loader made a batch of {loader.num_samples} samples. Leave "
-                f"batch_size out; "
-                f"if the loss is a mean over something else than samples, say over how many with 'num_items_in_batch'"
+                "batch_size out; if the loss is a mean over something else than samples, say over how many with "
+                "'num_items_in_batch'"
             )
         if problem is not None:
             raise BatchError(f"calculate_{'eval' if self._window is None else 'train'}_batch_loss {problem}.")

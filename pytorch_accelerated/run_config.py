@@ -129,9 +129,9 @@ def check_train_arguments(
         raise ValueError("training would have no end: give num_epochs, max_num_train_steps (in updates), or both.")
     if create_scheduler_fn is not None and (not callable(create_scheduler_fn) or hasattr(create_scheduler_fn, "step")):
         raise TypeError(
-            f"create_scheduler_fn must be a function that takes the optimizer and returns a scheduler, got "
-            f"{create_scheduler_fn!r}. "
-            f"Pass for example partial({type(create_scheduler_fn).__name__}, ...) instead of the scheduler."
+            "create_scheduler_fn must be a function that takes the optimizer and returns a scheduler, got "
+            f"{create_scheduler_fn!r}. Pass for example partial({type(create_scheduler_fn).__name__}, ...) instead of "
+            "the scheduler."
         )
 
 
@@ -193,8 +193,8 @@ def _fact(field: str) -> Placeholder:
         if value is None:
             raise ValueError(
                 f"TrainerPlaceholderValues needs run_config.{field}, which this run does not have. Give the training "
-                f"data a "
-                f"length or the run a limit (max_num_train_steps), or write the number into the scheduler factory."
+                "data a length or the run a limit (max_num_train_steps), or write the number into the scheduler "
+                "factory."
             )
         return value
 

@@ -46,8 +46,8 @@ from pytorch_accelerated.callbacks import DEFAULT_CALLBACKS, CallbackHandler, Tr
 from pytorch_accelerated.callbacks.base import ACCEPTED_SPELLINGS, EVENTS
 from pytorch_accelerated.callbacks.limits import limit_from_environment
 from pytorch_accelerated.engine import Engine, raw_optimizer
-from pytorch_accelerated.errors import BatchError, StopTrainingError, refuse_near_misses
-from pytorch_accelerated.passes import BatchOutput, DataPass, as_metric, calculate_batch_loss, split_batch
+from pytorch_accelerated.errors import StopTrainingError, refuse_near_misses
+from pytorch_accelerated.passes import BatchOutput, DataPass, as_metric, calculate_batch_loss, update_metrics
 from pytorch_accelerated.run_config import TrainerRunConfig, check_train_arguments, resolve_placeholders
 from pytorch_accelerated.tracking import AccumulationWindow, RunHistory
 
@@ -297,7 +297,7 @@ class Trainer:
             config = self._create_run_config(
                 eval_per_device_batch_size=per_device_batch_size,
                 eval_dl_kwargs=kwargs,
-                eval_dataloader_len=_total_length(loaders),
+                eval_dataloader_len=data.total_length(loaders.values()),
             )
             with self._setting(run_config=config), self._running("on_evaluation_run_end"):
                 self.evaluation_run_start()
@@ -616,7 +616,7 @@ class Trainer:
         """Add a batch to the metrics; called after each loss where the trainer was given ``metrics``.
 
         The default takes the predictions from ``batch_output["predictions"]`` if it is there, else
-        ``["model_outputs"]`` (its ``logits`` if it has such), and the targets from ``batch_output["targets"]`` if it is
+        ``["model_outputs"]`` (the ``"logits"`` of a mapping), and the targets from ``batch_output["targets"]`` if it is
         there, else from the batch: the second of a pair, ``"labels"`` of a dict.
 
         Args:
@@ -627,17 +627,7 @@ class Trainer:
         Raises:
             BatchError: if there are no predictions or no targets.
         """
-        outputs = batch_output.get("predictions", batch_output.get("model_outputs"))
-        outputs = getattr(outputs, "logits", outputs)
-        targets = batch_output["targets"] if "targets" in batch_output else split_batch(batch)[1]
-        if outputs is None or targets is None:
-            raise BatchError(
-                f"metrics need predictions and targets. Return them from calculate_*_batch_loss as 'model_outputs' (or "
-                f"'predictions') and 'targets', or override update_metrics. Got the entries {sorted(batch_output)} "
-                f"and the batch "
-                f"{data.describe(batch)}."
-            )
-        metrics.update(outputs.detach(), targets)
+        update_metrics(metrics, batch, batch_output)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Hooks of evaluation and prediction runs
@@ -902,15 +892,16 @@ class Trainer:
         facts["train_per_device_batch_size"] = loader.batch_size
         self.run_config = self._create_run_config(
             train_dataloader_len=loader.num_steps,
-            eval_dataloader_len=_total_length(self._eval_dataloaders),
+            eval_dataloader_len=data.total_length(self._eval_dataloaders.values()),
             seed=seed,
             **facts,
         )
         self.scheduler = self.create_scheduler()
         if isinstance(self.scheduler, ReduceLROnPlateau):
             raise TypeError(
-                "ReduceLROnPlateau moves by a metric, not once per update: leave create_scheduler_fn out, and call its "
-                "step in eval_epoch_end: self.plateau.step(self.run_history.get_latest_metric('eval_loss_epoch'))."
+                "ReduceLROnPlateau moves by a metric, not once per update: leave create_scheduler_fn out, and call "
+                "its step in eval_epoch_end: "
+                "self.plateau.step(self.run_history.get_latest_metric('eval_loss_epoch'))."
             )
         self._window = AccumulationWindow(
             self.run_config.gradient_accumulation_steps,
@@ -924,8 +915,3 @@ class Trainer:
     def _prepare_model_and_optimizer(self) -> None:
         others = [value for value in vars(self).values() if isinstance(value, nn.Module) and value is not self.model]
         self.model, self.optimizer = self._engine.prepare(self.model, self.optimizer, others)
-
-
-def _total_length(loaders: Mapping[Any, data.ShardedDataLoader]) -> int | None:
-    lengths = [loader.num_steps for loader in loaders.values()]
-    return sum(length for length in lengths if length is not None) if lengths and None not in lengths else None

@@ -358,7 +358,7 @@ def test_a_single_metric_goes_by_its_own_name_and_trains_without_a_second_forwar
 
 
 def test_evaluating_inside_training_changes_nothing_of_the_training() -> None:
-    """Mode of each module, random streams, gradients, metrics: also with a model that draws random numbers in evaluation."""
+    """Mode of each module, random streams, gradients, metrics: also where the model draws in evaluation."""
 
     class Noisy(nn.Module):
         def __init__(self) -> None:

@@ -186,7 +186,7 @@ def train_all(cases: list[tuple[Any, ...]]) -> list[Any]:
 
 
 def make_cases(num_processes: int) -> list[tuple[Any, ...]]:
-    """Return (samples, batch, accumulation, mode, stream, clip) for full and partial windows, equal and ragged batches."""
+    """Return (samples, batch, accumulation, mode, stream, clip): full and partial windows, equal and ragged batches."""
     cases: list[tuple[Any, ...]] = []
     for steps in (1, 2, 3, 4):
         window = 2 * num_processes * steps
@@ -200,7 +200,7 @@ def make_cases(num_processes: int) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_update_equals_that_of_the_big_batch(num_processes: int) -> None:
-    """Accumulation 1-4, full and partial windows, equal, ragged and token-weighted batches, clipping, map and stream."""
+    """Accumulation 1-4, full and partial windows, equal, ragged and token-weighted batches, clipping, streams."""
     cases = make_cases(num_processes)
     assert len(cases) > 50
     by_process = run_processes(train_all, num_processes, cases)

@@ -181,10 +181,8 @@ class CallbackHandler:
                 known = [*self._listeners, *ACCEPTED_SPELLINGS]
                 raise ValueError(
                     f"{type(callback).__name__} has a method {name!r}, but there is no such event, so it would never "
-                    f"be called."
-                    f"{did_you_mean(name, known)} The events are: {', '.join(self._listeners)}. For an event of your "
-                    f"own, add its name to EVENTS of "
-                    f"your Trainer subclass."
+                    f"be called.{did_you_mean(name, known)} The events are: {', '.join(self._listeners)}. For an "
+                    "event of your own, add its name to EVENTS of your Trainer subclass."
                 )
             method = getattr(callback, name)
             inherited = vars(TrainerCallback).get(name)

@@ -147,18 +147,16 @@ class TerminateOnNaNCallback(TrainerCallback):
             what += f" ({name})" if (name := next(names, None)) else ""
         rates = sorted({float(group["lr"]) for group in raw_optimizer(trainer.optimizer).param_groups})
         message = (
-            f"numbers that are not finite: {what}; epoch {trainer.current_epoch}, step {trainer.num_steps + 1}, update "
-            f"{num_updates + 1}, lr {', '.join(f'{rate:g}' for rate in rates)}, {len(by_process)} process(es)."
+            f"numbers that are not finite: {what}; epoch {trainer.current_epoch}, step {trainer.num_steps + 1}, "
+            f"update {num_updates + 1}, lr {', '.join(f'{rate:g}' for rate in rates)}, {len(by_process)} process(es)."
         )
         if num_bad > 1:
             message += f" {num_bad} updates since the last look were so; this is the first."
         if self.policy == "raise":
             raise NonFiniteError(
                 f"{message} The weights are finite: they were left as they were. Usual causes: a learning rate that "
-                f"is too "
-                f"high, a division by zero or a logarithm of zero in the loss, NaN in the data. To go on without such "
-                f"updates: "
-                f"TerminateOnNaNCallback(policy='skip')."
+                "is too high, a division by zero or a logarithm of zero in the loss, NaN in the data. To go on "
+                "without such updates: TerminateOnNaNCallback(policy='skip')."
             )
         trainer.print(message)
         if self.policy == "stop":
@@ -205,13 +203,12 @@ class EarlyStoppingCallback(TrainerCallback):
             if not watch_metric.endswith("loss_epoch"):
                 raise ValueError(
                     f"EarlyStoppingCallback(watch_metric={watch_metric!r}) needs greater_is_better=True or False: "
-                    f"which values "
-                    f"are good cannot be told from a name."
+                    "which values are good cannot be told from a name."
                 )
             greater_is_better = False
         if early_stopping_patience < 1 or early_stopping_threshold < 0:
             raise ValueError(
-                f"early_stopping_patience must be at least 1 and early_stopping_threshold at least 0, got "
+                "early_stopping_patience must be at least 1 and early_stopping_threshold at least 0, got "
                 f"{early_stopping_patience} and {early_stopping_threshold}."
             )
         self.early_stopping_patience = early_stopping_patience
