@@ -254,22 +254,27 @@ def report_failure(accelerator: Accelerator, error: BaseException) -> None:
 
 
 def peer_failure(accelerator: Accelerator, error: BaseException) -> ProcessFailedError | None:
-    """Return the error to raise in place of ``error`` if that only says that another process is gone, else None."""
+    """Return the error to raise in place of ``error`` if that only says that another process is gone, else None.
+
+    Where that process left no word, as when it was killed, ``error`` gets a note instead.
+    """
     if accelerator.num_processes == 1 or not _is_lost_connection(error):
         return None
     deadline = time.monotonic() + _SECONDS_TO_WAIT_FOR_A_FAILURE
-    try:
-        while not _store().check([_FAILURE_KEY]):
-            if time.monotonic() > deadline:
-                return None
+    with suppress(RuntimeError, ValueError):  # the store went with its process
+        while time.monotonic() < deadline:
+            if _store().check([_FAILURE_KEY]):
+                process, message = _store().get(_FAILURE_KEY).decode().split("\n", 1)
+                return ProcessFailedError(
+                    f"process {process} of {accelerator.num_processes} failed, so process {accelerator.process_index} "
+                    f"cannot go on. The error of process {process}, whose traceback it prints itself: {message}"
+                )
             time.sleep(0.05)
-        process, message = _store().get(_FAILURE_KEY).decode().split("\n", 1)
-    except (RuntimeError, ValueError):  # the store went with its process
-        return None
-    return ProcessFailedError(
-        f"process {process} of {accelerator.num_processes} failed, so process {accelerator.process_index} cannot go "
-        f"on. The error of process {process}, whose traceback it prints itself: {message}"
+    error.add_note(
+        "pytorch_accelerated: the connection to another process broke, because that process failed or was ended. Its "
+        "own output says why."
     )
+    return None
 
 
 def _is_lost_connection(error: BaseException) -> bool:

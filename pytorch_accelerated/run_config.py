@@ -127,7 +127,7 @@ def check_train_arguments(
             raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
     if num_epochs is None and max_num_train_steps is None:
         raise ValueError("training would have no end: give num_epochs, max_num_train_steps (in updates), or both.")
-    if create_scheduler_fn is not None and (not callable(create_scheduler_fn) or hasattr(create_scheduler_fn, "step")):
+    if create_scheduler_fn is not None and not callable(create_scheduler_fn):
         raise TypeError(
             "create_scheduler_fn must be a function that takes the optimizer and returns a scheduler, got "
             f"{create_scheduler_fn!r}. Pass for example partial({type(create_scheduler_fn).__name__}, ...) instead of "

@@ -444,7 +444,8 @@ class Trainer:
                 self._locate(error, "evaluating", step, batch)
                 raise
             if step < 0:
-                raise ValueError(f"the evaluation set {name or ''} gave no batch: it yields nothing (any more).")
+                which = f" {name!r}" if name else ""
+                raise ValueError(f"the evaluation set{which} gave no batch: it yields nothing (any more).")
             results = self._record(loss_name, prefix)
             self.eval_epoch_end()
             self._event("on_eval_epoch_end", **facts)

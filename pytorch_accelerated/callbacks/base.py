@@ -219,9 +219,9 @@ class CallbackHandler:
             try:
                 listener(trainer, **kwargs)
             except Exception as second:
-                owner = type(getattr(listener, "__self__", listener)).__name__
+                name = getattr(listener, "__qualname__", repr(listener))
                 error.add_note(
-                    f"pytorch_accelerated: {owner}.{event} failed as well: {type(second).__name__}: {second}"
+                    f"pytorch_accelerated: {name} failed as well, at {event}: {type(second).__name__}: {second}"
                 )
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

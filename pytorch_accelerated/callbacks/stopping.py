@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,26 @@ if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
 
 Policy = Literal["raise", "stop", "skip"]
+
+
+class _Moment(NamedTuple):
+    """When an update was made. Kept for each that has not been looked at, so it is put into words only when needed."""
+
+    epoch: int
+    step: int
+    update: int
+    rates: list[float | Tensor]
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> _Moment:
+        # A learning rate that lives on the device is copied there: reading it would wait, and it will change in place.
+        rates = [group["lr"] for group in raw_optimizer(trainer.optimizer).param_groups]
+        rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        return cls(trainer.current_epoch, trainer.num_steps, trainer.num_updates + 1, rates)
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{rate:g}" for rate in sorted({float(rate) for rate in self.rates}))
+        return f"epoch {self.epoch}, step {self.step}, update {self.update}, lr {rates}"
 
 
 class TerminateOnNaNCallback(TrainerCallback):
@@ -64,8 +84,9 @@ class TerminateOnNaNCallback(TrainerCallback):
         self._one = torch.ones((), device=device)
         self._losses: Tensor | None = None
         self._num_bad = torch.zeros((), device=device)
-        self._first_bad_update = torch.full((), -1, dtype=torch.int64, device=device)
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # position in _moments
         self._first_bad_loss = torch.zeros((), device=device)
+        self._moments: list[_Moment] = []  # of the updates since the last look, which the device knows by number
 
     def on_train_step_end(self, trainer: Trainer, batch: Any, batch_output: dict[str, Any], **kwargs: Any) -> None:
         """Add the loss of the batch to those of its window."""
@@ -83,7 +104,7 @@ class TerminateOnNaNCallback(TrainerCallback):
         if self._interval > 1:
             self._undo_on_the_device(trainer, found, gradients, losses)
         elif found.item():  # on the CPU this waits for nothing; elsewhere the user asked for every update
-            self._act(trainer, trainer.num_updates, losses)
+            self._act(trainer, _Moment.of(trainer), losses)
             trainer.skip_update()
 
     def on_train_update_end(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -114,9 +135,10 @@ class TerminateOnNaNCallback(TrainerCallback):
         return found
 
     def _undo_on_the_device(self, trainer: Trainer, found: Tensor, gradients: list[Tensor], losses: Tensor) -> None:
-        is_first = (found > 0) & (self._first_bad_update < 0)
-        self._first_bad_update = torch.where(is_first, trainer.num_updates, self._first_bad_update)
+        is_first = (found > 0) & (self._first_bad < 0)
+        self._first_bad = torch.where(is_first, len(self._moments), self._first_bad)
         self._first_bad_loss = torch.where(is_first, losses.float(), self._first_bad_loss)
+        self._moments.append(_Moment.of(trainer))
         self._num_bad += found
         optimizer = raw_optimizer(trainer.optimizer)
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -127,15 +149,16 @@ class TerminateOnNaNCallback(TrainerCallback):
                 gradient.masked_fill_(is_bad, 0.0)
 
     def _read(self, trainer: Trainer) -> None:
+        moments, self._moments = self._moments, []
         num_bad = int(self._num_bad.item())  # waits for the device: a log point
         if num_bad:
             trainer.run_history.counters.num_skipped_updates += num_bad
-            first, loss = int(self._first_bad_update.item()), self._first_bad_loss
+            moment, loss = moments[int(self._first_bad.item())], self._first_bad_loss
             self._num_bad.zero_()
-            self._first_bad_update.fill_(-1)
-            self._act(trainer, first, loss, num_bad)
+            self._first_bad.fill_(-1)
+            self._act(trainer, moment, loss, num_bad)
 
-    def _act(self, trainer: Trainer, num_updates: int, losses: Tensor, num_bad: int = 1) -> None:
+    def _act(self, trainer: Trainer, moment: _Moment, losses: Tensor, num_bad: int = 1) -> None:
         # Collective: all processes found the same, and come here together.
         by_process = distributed.gather(trainer.accelerator, losses.float()).tolist()  # waits for the device
         culprits = [number for number, loss in enumerate(by_process) if not math.isfinite(loss)]
@@ -145,11 +168,7 @@ class TerminateOnNaNCallback(TrainerCallback):
             what = f"loss {by_process[0]}, but a gradient is not finite"
             names = (name for name, parameter in trainer.get_model().named_parameters() if _is_bad(parameter.grad))
             what += f" ({name})" if (name := next(names, None)) else ""
-        rates = sorted({float(group["lr"]) for group in raw_optimizer(trainer.optimizer).param_groups})
-        message = (
-            f"numbers that are not finite: {what}; epoch {trainer.current_epoch}, step {trainer.num_steps + 1}, "
-            f"update {num_updates + 1}, lr {', '.join(f'{rate:g}' for rate in rates)}, {len(by_process)} process(es)."
-        )
+        message = f"numbers that are not finite: {what}; {moment}, {len(by_process)} process(es)."
         if num_bad > 1:
             message += f" {num_bad} updates since the last look were so; this is the first."
         if self.policy == "raise":
