@@ -286,13 +286,13 @@ def test_graphs_are_let_go(count: Any) -> None:
 
 
 def growth(function: Callable[[], None]) -> int:
-    """Return by how many bytes Python's memory grows over 500 more calls."""
+    """Return by how many bytes Python's memory grows over 2000 more calls."""
     for _ in range(100):
         function()
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        for _ in range(500):
+        for _ in range(2000):
             function()
         return tracemalloc.get_traced_memory()[0] - before
     finally:
@@ -310,9 +310,9 @@ def test_memory_does_not_grow_with_steps() -> None:
         window.weight(num_items, total_items)
 
     kept: list[Tensor] = []
-    assert growth(lambda: kept.append(loss + 1)) > 500 * 50  # this would be seen
+    assert growth(lambda: kept.append(loss)) > 2000 * 8 / 2  # this would be seen
     for num_items, total_items in [(3, 3), (3, None), (torch.tensor(3), None)]:
-        assert growth(lambda items=num_items, total=total_items: step(items, total)) < 2000  # type: ignore[misc]
+        assert growth(lambda items=num_items, total=total_items: step(items, total)) < 2000 * 8 / 2  # type: ignore[misc]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -361,10 +361,10 @@ def expected_updates(counts: Tensor, gradients: Tensor, full_size: int) -> list[
     return updates
 
 
-def assert_close(found: list[Tensor], wanted: list[Tensor], case: Any) -> None:
+def assert_close(found: list[Tensor], wanted: list[Tensor], case: Any, rtol: float = 1e-12) -> None:
     assert len(found) == len(wanted), case
     for one, other in zip(found, wanted, strict=True):
-        assert torch.allclose(one, other, rtol=1e-12, atol=1e-14), (case, one, other)
+        assert (one - other).norm() <= rtol * other.norm(), (case, one, other)
 
 
 def random_counts(chance: random.Random, num_steps: int, kind: str) -> list[int]:
@@ -390,7 +390,8 @@ def test_weighed_gradients_are_those_of_the_big_batch(kind: str, form: str) -> N
             given = [torch.tensor(count) for count in counts] if form == "tensors" else counts
             found = run_epoch(window, given, gradients, counts if form == "totals" else None)
             wanted = expected_updates(torch.tensor([counts]), gradients[None], full_size)
-            assert_close(found, wanted, (full_size, is_known, counts))
+            rtol = 1e-6 if form == "tensors" else 1e-12  # the quotient of two int64 tensors is float32
+            assert_close(found, wanted, (full_size, is_known, counts), rtol)
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
@@ -409,7 +410,7 @@ def test_gradients_averaged_over_processes_are_those_of_the_big_batch(num_proces
         for process in range(num_processes):
             asked = iter([] if knows_totals else sums)
             window = AccumulationWindow(
-                full_size, num_processes, lambda _, asked=asked: torch.tensor(float(next(asked))), CPU
+                full_size, num_processes, lambda _, asked=asked: torch.tensor(next(asked), dtype=torch.float64), CPU
             )
             window.begin_epoch(num_steps if is_known else None)
             totals = counts.sum(0).tolist() if knows_totals else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -151,8 +152,18 @@ def _create_bar(label: str, num_steps: int | None, is_nested: bool) -> Any:
     is_notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
     if not is_notebook and not sys.stderr.isatty():
         return None
+    # Some pseudo-terminals say that they have neither columns nor rows, into which tqdm would draw nothing.
+    has_width = is_notebook or os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return tqdm(
-        total=num_steps, desc=label, leave=not is_nested, mininterval=0, miniters=0, unit="step", dynamic_ncols=True
+        total=num_steps,
+        desc=label,
+        leave=not is_nested,
+        mininterval=0,
+        miniters=0,
+        unit="step",
+        dynamic_ncols=has_width,
+        ncols=None if has_width else 100,
+        nrows=None if has_width else 24,
     )
 
 
