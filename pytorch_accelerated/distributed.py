@@ -40,11 +40,11 @@ def check_launch(accelerator: Accelerator) -> None:
     if world_size > 1 and accelerator.num_processes == 1:
         raise LaunchError(
             f"the launcher started WORLD_SIZE={world_size} processes, but Accelerate counts 1: each of them would "
-            "train on its own. On a machine without GPUs, tell Accelerate to use the CPU: ACCELERATE_USE_CPU=true "
-            f"accelerate launch --multi_gpu --num_processes {world_size} --num_machines 1 --mixed_precision no "
-            f"--dynamo_backend no script.py, or ACCELERATE_USE_CPU=true torchrun --nproc_per_node {world_size} "
-            f"script.py. On a machine with GPUs, check that torch.cuda.is_available() and that there are {world_size} "
-            "of them."
+            "train on its own. On a machine without GPUs, set ACCELERATE_USE_CPU=true, as in: "
+            f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {world_size} --num_machines 1 "
+            "--mixed_precision no --dynamo_backend no script.py, or ACCELERATE_USE_CPU=true torchrun "
+            f"--nproc_per_node {world_size} script.py. On a machine with GPUs, check that torch.cuda.is_available() "
+            f"and that there are {world_size} of them."
         )
 
 
