@@ -12,14 +12,15 @@ import hashlib
 import inspect
 import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import find_batch_size, send_to_device, slice_tensors
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.utils import broadcast_object_list, find_batch_size, send_to_device, slice_tensors
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -28,7 +29,9 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    SubsetRandomSampler,
     TensorDataset,
+    WeightedRandomSampler,
     default_collate,
     get_worker_info,
 )
@@ -157,6 +160,30 @@ def _as_is(data: Any) -> Any:
     return data
 
 
+def _tell_epoch(dataset: Any, epoch: int) -> None:
+    """Call ``set_epoch`` of a dataset that has it, where the epoch is not the one it was told last.
+
+    It may be costly; and training and evaluation may share a dataset, so that only the dataset knows what it was told.
+    """
+    if hasattr(dataset, "set_epoch") and getattr(dataset, "_pytorch_accelerated_epoch", None) != epoch:
+        dataset.set_epoch(epoch)
+        with suppress(AttributeError):  # a dataset that takes no attributes is told each time
+            dataset._pytorch_accelerated_epoch = epoch
+
+
+class _WorkerInit:
+    """Let ``get_worker_info().dataset`` be the user's dataset, then call the user's ``worker_init_fn``."""
+
+    def __init__(self, function: Callable[[int], Any] | None) -> None:
+        self._function = function
+
+    def __call__(self, worker_id: int) -> None:
+        info: Any = get_worker_info()
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # its own __setattr__ refuses everything
+        if self._function is not None:
+            self._function(worker_id)
+
+
 def _share(num_samples: int, batch_size: int | None, process: int, num_processes: int) -> slice:
     """Return the part of a round of ``num_samples`` that belongs to ``process``."""
     if batch_size is not None and num_samples == batch_size * num_processes:
@@ -164,6 +191,9 @@ def _share(num_samples: int, batch_size: int | None, process: int, num_processes
     size, rest = divmod(num_samples, num_processes)
     start = process * size + min(process, rest)
     return slice(start, start + size + (process < rest))
+
+
+_ROUNDS_IN_A_MESSAGE = 16
 
 
 class _RoundSampler:
@@ -239,14 +269,13 @@ class _RoundSampler:
         """Yield what is drawn for each round: a list or tensor of indices, or a list of batches where these vary."""
         seed = mix(self._seed, "sampler", self.epoch)
         if self.batch_size is None:
-            yield from _chunks(
-                self.sampler if self.batch_sampler is None else self.batch_sampler, self._num_processes, seed
-            )
+            source: Any = self.sampler if self.batch_sampler is None else self.batch_sampler
+            yield from self._from_main(_chunks(source, self._num_processes, seed))
             return
         total = self.batch_size * self._num_processes
         order = self._known_order()
         if order is None:
-            for indices in _chunks(self.sampler, total, seed):
+            for indices in self._from_main(_chunks(self.sampler, total, seed)):
                 if len(indices) == total or not self._drop_last:
                     yield indices
             return
@@ -254,6 +283,18 @@ class _RoundSampler:
         for start in range(0, stop, total):
             part = order[start : min(start + total, stop)]
             yield part if self.as_tensor else part.tolist()
+
+    def _from_main(self, rounds: Iterator[list[Any]]) -> Iterator[list[Any]]:
+        """Yield the rounds that the main process has drawn: others may draw others, from generators of their own."""
+        if self._num_processes == 1:
+            yield from rounds
+            return
+        while True:
+            part = list(islice(rounds, _ROUNDS_IN_A_MESSAGE)) if self._process == 0 else None
+            received: list[Any] = broadcast_object_list([part])[0]  # collective; every process draws in the same steps
+            yield from received
+            if len(received) < _ROUNDS_IN_A_MESSAGE:
+                return
 
     def _known_order(self) -> Tensor | None:
         """Return the order of the whole epoch where it is ours to say, as an int64 tensor."""
@@ -275,33 +316,28 @@ class _KeyedDataset:
     """Fetch and collate the samples of a deal, with randomness that is a function of the deal's seed."""
 
     def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], makes_batches: bool) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
         self._collate_fn = collate_fn
         self._makes_batches = makes_batches
-        self._epoch: int | None = None
         # In-memory tensors are indexed a batch at a time and draw no randomness.
         self.is_in_memory = type(dataset) is TensorDataset and collate_fn is default_collate and not makes_batches
 
     def __getitems__(self, deal: _Deal) -> _Fetched:
         if self.is_in_memory:
-            batch = [tensor[deal.indices] for tensor in self._dataset.tensors]
+            batch = [tensor[deal.indices] for tensor in self.dataset.tensors]
             return _Fetched(batch, deal.num_samples, deal.round_samples, deal.is_last)
-        if (
-            deal.epoch != self._epoch
-        ):  # here and not in the main process: workers that persist keep a copy of the dataset
-            self._epoch = deal.epoch
-            if hasattr(self._dataset, "set_epoch"):
-                self._dataset.set_epoch(deal.epoch)
+        # Here and not in the main process: workers that persist keep a copy of the dataset.
+        _tell_epoch(self.dataset, deal.epoch)
         with _seeded(deal.seed):
             batch = self._collate_fn(self._samples(deal.indices))
         return _Fetched(batch, deal.num_samples, deal.round_samples, deal.is_last)
 
     def _samples(self, indices: Any) -> Any:
         if self._makes_batches:
-            return self._dataset[indices[0]]
-        if getattr(self._dataset, "__getitems__", None):
-            return self._dataset.__getitems__(indices)
-        return [self._dataset[index] for index in indices]
+            return self.dataset[indices[0]]
+        if getattr(self.dataset, "__getitems__", None):
+            return self.dataset.__getitems__(indices)
+        return [self.dataset[index] for index in indices]
 
 
 class _RoundStream(IterableDataset[_Fetched]):
@@ -312,7 +348,7 @@ class _RoundStream(IterableDataset[_Fetched]):
 
     def __init__(self, loader: DataLoader[Any], seed: int, process: int, num_processes: int) -> None:
         super().__init__()
-        self._dataset: Any = loader.dataset
+        self.dataset: Any = loader.dataset
         self._collate_fn: Callable[[Any], Any] = loader.collate_fn
         self._batch_size = loader.batch_size
         self._drop_last = bool(loader.drop_last)
@@ -324,8 +360,7 @@ class _RoundStream(IterableDataset[_Fetched]):
 
     def __iter__(self) -> Iterator[_Fetched]:
         epoch = int(self.epoch)
-        if hasattr(self._dataset, "set_epoch"):
-            self._dataset.set_epoch(epoch)
+        _tell_epoch(self.dataset, epoch)
         worker = get_worker_info()
         key = (self._seed, "stream", epoch, worker.id if worker else 0)
         round_size = (self._batch_size or 1) * self._num_processes
@@ -333,7 +368,7 @@ class _RoundStream(IterableDataset[_Fetched]):
         for number in count():
             with _seeded(mix(*key, number)):
                 if iterator is None:
-                    iterator = iter(self._dataset)
+                    iterator = iter(self.dataset)
                 samples = list(islice(iterator, round_size))
             if not samples or (self._drop_last and len(samples) < round_size):
                 return
@@ -439,10 +474,11 @@ class _KeyedLoader(ShardedDataLoader):
         processes = accelerator.process_index, accelerator.num_processes
         arguments: dict[str, Any] = {
             name: getattr(dataloader, name)
-            for name in ("num_workers", "pin_memory", "timeout", "worker_init_fn", "persistent_workers", "in_order")
+            for name in ("num_workers", "pin_memory", "timeout", "persistent_workers", "in_order")
         }
         if dataloader.num_workers > 0:
             arguments["prefetch_factor"] = dataloader.prefetch_factor
+            arguments["worker_init_fn"] = _WorkerInit(dataloader.worker_init_fn)
             arguments["multiprocessing_context"] = dataloader.multiprocessing_context
         # A private generator: torch draws the base seed of the workers from it, and from the global stream without it.
         self._generator = torch.Generator()
@@ -488,41 +524,50 @@ class _KeyedLoader(ShardedDataLoader):
 
 
 class _ForeignLoader(ShardedDataLoader):
-    """Iterate over a loader that decides by itself how to iterate; with several processes, Accelerate shards it."""
+    """Iterate over a loader that decides by itself how to iterate.
+
+    Every process goes through all of it and keeps its batches; one that Accelerate has divided already is used as it
+    is, without the samples that Accelerate repeats.
+    """
 
     knows_sizes = False
 
     def __init__(self, dataloader: Any, accelerator: Accelerator, seed: int) -> None:
         super().__init__(dataloader, accelerator, seed)
-        self._prepared: Any = None
-        if accelerator.num_processes > 1 and isinstance(dataloader, DataLoader):
-            self._prepared = accelerator.prepare_data_loader(dataloader, device_placement=False)
+        self._is_divided = isinstance(dataloader, DataLoaderShard | DataLoaderDispatcher)
 
     def _length(self) -> int:
-        return len(self.dataloader if self._prepared is None else self._prepared)
+        return len(self.dataloader) if self._is_divided else -(-len(self.dataloader) // self._accelerator.num_processes)
 
     def _fetch(self, epoch: int) -> Iterator[_Fetched]:
-        for part in (
-            self.dataloader,
-            *(getattr(self.dataloader, name, None) for name in ("sampler", "batch_sampler", "dataset")),
-        ):
+        loader = self.dataloader
+        for part in (loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-        source = self.dataloader if self._prepared is None else self._prepared
+        _tell_epoch(getattr(loader, "dataset", None), epoch)
+        seed = mix(self._seed, "foreign", epoch)
+        if not self._is_divided:
+            rounds = _chunks(loader, self._accelerator.num_processes, seed)
+            yield from _mark_last((self._deal(batches) for batches in rounds), self.limit)
+            return
         try:
-            batches = (
-                self._without_repeats(batch) for [batch] in _chunks(source, 1, mix(self._seed, "foreign", epoch))
-            )
-            yield from _mark_last(batches, self.limit)
+            yield from _mark_last((self._without_repeats(batch) for [batch] in _chunks(loader, 1, seed)), self.limit)
         finally:
-            if self._prepared is not None:
-                # A loader left before its end stays on Accelerate's global list of loaders in use (accelerate#4248).
-                self._prepared.end()
+            # A loader left before its end stays on Accelerate's global list of loaders in use (accelerate#4248).
+            loader.end()
+
+    def _deal(self, batches: list[Any]) -> _Fetched:
+        """Return this process's batch of a round."""
+        sizes = [find_batch_size(batch) or 1 for batch in batches]
+        process = self._accelerator.process_index
+        has_own = process < len(batches)
+        own = process if has_own else 0
+        return _Fetched(batches[own], sizes[own] if has_own else 0, sum(sizes), is_last=False)
 
     def _without_repeats(self, batch: Any) -> _Fetched:
         """Cut off the samples that Accelerate repeats to give every process a full last batch."""
         state = self._accelerator.gradient_state
-        if self._prepared is None or not state.end_of_dataloader or state.remainder <= 0:
+        if self._accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return _Fetched(batch, None, None, is_last=False)
         size = find_batch_size(batch) or 1
         left = max(0, min(size, state.remainder - size * self._accelerator.process_index))
@@ -545,14 +590,19 @@ def shard_dataloader(dataloader: Any, accelerator: Accelerator, seed: int) -> Sh
     """Return this process's part of a DataLoader.
 
     Args:
-        dataloader: a torch DataLoader over the whole data, or any iterable of batches. Where its class iterates in its
-            own way, it is used as it is, and with several processes sharded by Accelerate.
+        dataloader: a torch DataLoader over the whole data, or any iterable of batches, the same on every process; or
+            one that Accelerate has prepared.
         accelerator: the processes and the device.
         seed: of the order and of the randomness in the dataset.
 
     Raises:
         ValueError: if the loader has no batches, or has been divided between the processes already.
     """
+    if accelerator.split_batches:
+        raise ValueError(
+            "Accelerate is configured with split_batches=True, but per_device_batch_size counts the samples of one "
+            "process. Leave split_batches out and divide the batch size by the number of processes."
+        )
     own_way = type(dataloader).__iter__ is not DataLoader.__iter__
     loader = (_ForeignLoader if own_way else _KeyedLoader)(dataloader, accelerator, seed)
     if loader.num_steps == 0:
@@ -568,10 +618,25 @@ def shard_dataloader(dataloader: Any, accelerator: Accelerator, seed: int) -> Sh
     return loader
 
 
+def is_shuffled(dataloader: Any) -> bool:
+    """Return whether a DataLoader gives the samples in a random order, as far as its samplers tell."""
+    samplers = (
+        getattr(dataloader, "sampler", None),
+        getattr(getattr(dataloader, "batch_sampler", None), "sampler", None),
+    )
+    return any(isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) for sampler in samplers)
+
+
 def total_length(loaders: Iterable[ShardedDataLoader]) -> int | None:
     """Return the steps of all loaders together; None if there is no loader, or one has no known length."""
     lengths = [loader.num_steps for loader in loaders]
     return sum(length for length in lengths if length is not None) if lengths and None not in lengths else None
+
+
+def common_batch_size(loaders: Iterable[ShardedDataLoader]) -> int | None:
+    """Return the samples in a batch of one process, None where that is not the same for all loaders."""
+    sizes = {loader.batch_size for loader in loaders}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def create_dataloader(

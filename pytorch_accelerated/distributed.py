@@ -7,6 +7,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -25,7 +27,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _MAX_DIMS = 8
-_FAILURE_KEY = "pytorch_accelerated/failure"
+_run_numbers = count(1)  # the processes go through the same runs, so that the number tells which run a failure was of
+_failure_key = "pytorch_accelerated/failure"
 _SECONDS_TO_WAIT_FOR_A_FAILURE = 3.0
 
 
@@ -57,11 +60,12 @@ def gather(accelerator: Accelerator, data: Any, padding_value: float | None = No
     Args:
         accelerator: the processes.
         data: a tensor of shape ``(N, ...)``, or a nested tuple, list or dict of such. A scalar counts as one row. A
-            list without any tensor is taken for N rows of Python objects.
+            list without any tensor, or of dicts as object detectors return, is taken for N rows of Python objects.
         padding_value: what to fill up with where other dimensions than the first differ between processes.
         contributes: whether this process's rows are wanted; if not, it only helps to gather those of the others.
 
     Raises:
+        TypeError: if ``data`` is something else.
         ValueError: if other dimensions than the first differ and no ``padding_value`` was given, or if the numbers of
             dimensions differ; on all processes alike.
     """
@@ -71,10 +75,19 @@ def gather(accelerator: Accelerator, data: Any, padding_value: float | None = No
         return _rebuild(
             data, {key: gather(accelerator, value, padding_value, contributes) for key, value in data.items()}
         )
-    if isinstance(data, list | tuple) and _has_tensor(data):
+    if isinstance(data, list | tuple) and _has_tensor(data) and not _is_rows(data):
         return _rebuild(data, [gather(accelerator, value, padding_value, contributes) for value in data])
+    if data is None:
+        return None
+    if not isinstance(data, list | tuple | str | bytes | int | float):
+        raise TypeError(
+            f"cannot join {type(data).__name__} over batches and processes; expected tensors, nested tuples, lists "
+            "and dicts of tensors, or lists of one object for each sample. Override calculate_predictions to return "
+            "such."
+        )
     rows = list(data) if isinstance(data, list | tuple) else [data]
-    joined: list[Any] = gather_object(rows if contributes else [])
+    # A device that only this process has must not travel along.
+    joined: list[Any] = gather_object(to_host(rows) if contributes else [])
     return joined
 
 
@@ -103,9 +116,22 @@ def concatenate(parts: list[Any]) -> Any:
         return torch.cat(parts)
     if isinstance(first, Mapping):
         return _rebuild(first, {key: concatenate([part[key] for part in parts]) for key in first})
-    if _has_tensor(first):
+    if first is None:
+        return None
+    if _has_tensor(first) and not _is_rows(first):
+        if len({len(part) for part in parts}) > 1:
+            raise ValueError(
+                "the outputs of different batches cannot be joined, they have "
+                f"{sorted({len(part) for part in parts})} elements. Override calculate_predictions to return tensors "
+                "whose first dimension is the sample."
+            )
         return _rebuild(first, [concatenate(list(values)) for values in zip(*parts, strict=True)])
     return [row for part in parts for row in part]
+
+
+def _is_rows(data: Any) -> bool:
+    """Return whether a list holds one dict for each sample, as object detectors return it."""
+    return isinstance(data, list) and all(isinstance(row, Mapping) for row in data)
 
 
 def _has_tensor(data: Any) -> bool:
@@ -117,7 +143,8 @@ def _has_tensor(data: Any) -> bool:
 def _rebuild(like: Any, content: Any) -> Any:
     """Return ``content`` in the container type of ``like``."""
     if isinstance(like, Mapping):
-        return content if type(like) is dict else type(like)(**content)  # Hugging Face's ModelOutput is such a mapping
+        # Hugging Face's ModelOutput is a mapping and a dataclass; of other mappings the content is what counts.
+        return type(like)(**content) if is_dataclass(like) else content
     return type(like)(*content) if hasattr(like, "_fields") else type(like)(content)  # a named tuple has _fields
 
 
@@ -244,13 +271,31 @@ def fill_empty_states(metric: Metric | MetricCollection) -> None:
                 state.append(torch.empty((0, *shape), dtype=dtype, device=part.device))
 
 
+@contextmanager
+def failing_together(accelerator: Accelerator) -> Iterator[None]:
+    """Let the failure of one process in the block be told to the others, which would only see a broken connection.
+
+    Raises:
+        ProcessFailedError: where this process failed only because another one did.
+    """
+    global _failure_key
+    _failure_key = f"pytorch_accelerated/failure/{next(_run_numbers)}"
+    try:
+        yield
+    except BaseException as error:
+        report_failure(accelerator, error)
+        if (cause := peer_failure(accelerator, error)) is not None:
+            raise cause from None
+        raise
+
+
 def report_failure(accelerator: Accelerator, error: BaseException) -> None:
     """Leave word of a failure for the other processes, which will only see that the connection broke."""
     if accelerator.num_processes > 1 and dist.is_initialized() and not _is_lost_connection(error):
         message = f"{type(error).__name__}: {error}"
         # Where the store went with its process, nothing is lost: the error itself is about to be raised and seen.
         with suppress(RuntimeError, ValueError):
-            _store().set(_FAILURE_KEY, f"{accelerator.process_index}\n{message}")
+            _store().set(_failure_key, f"{accelerator.process_index}\n{message}")
 
 
 def peer_failure(accelerator: Accelerator, error: BaseException) -> ProcessFailedError | None:
@@ -263,8 +308,8 @@ def peer_failure(accelerator: Accelerator, error: BaseException) -> ProcessFaile
     deadline = time.monotonic() + _SECONDS_TO_WAIT_FOR_A_FAILURE
     with suppress(RuntimeError, ValueError):  # the store went with its process
         while time.monotonic() < deadline:
-            if _store().check([_FAILURE_KEY]):
-                process, message = _store().get(_FAILURE_KEY).decode().split("\n", 1)
+            if _store().check([_failure_key]):
+                process, message = _store().get(_failure_key).decode().split("\n", 1)
                 return ProcessFailedError(
                     f"process {process} of {accelerator.num_processes} failed, so process {accelerator.process_index} "
                     f"cannot go on. The error of process {process}, whose traceback it prints itself: {message}"

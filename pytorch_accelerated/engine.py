@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
@@ -33,6 +34,10 @@ class Engine:
         self._optimizer: Any = None
         self._forward: tuple[Any, Any] | None = None
         self._num_users = 0
+        self._is_ddp = accelerator.distributed_type.name.startswith("MULTI_")
+        self._trainable: set[int] = set()
+        self._parameters: list[Tensor] = []
+        self._sizes: list[int] = []
 
     def prepare(self, model: nn.Module, optimizer: Any, others: Iterable[nn.Module]) -> tuple[nn.Module, Any]:
         """Return model and optimizer as Accelerate wraps them; those that are prepared already as they are.
@@ -46,19 +51,24 @@ class Engine:
             ValueError: if the optimizer holds parameters of something else.
         """
         is_new_model, is_new_optimizer = model is not self._model, optimizer is not self._optimizer
-        if is_new_optimizer and optimizer is not None:
-            if not hasattr(optimizer, "param_groups"):
-                optimizer = optimizer(model.parameters())
-            _check_parameters(optimizer, [model, *others])
+        if is_new_optimizer and optimizer is not None and not hasattr(optimizer, "param_groups"):
+            optimizer = optimizer(model.parameters())
+        if optimizer is not None and (is_new_model or is_new_optimizer):
+            _check_parameters(optimizer, model, others, self._accelerator.num_processes)
         if is_new_model:
             self._forward = None
-        if is_new_model and is_new_optimizer and optimizer is not None:
+        is_frozen = self._is_ddp and not any(parameter.requires_grad for parameter in model.parameters())
+        if is_new_model and is_new_optimizer and optimizer is not None and not is_frozen:
             model, optimizer = self._accelerator.prepare(model, optimizer)
-        elif is_new_model:
-            model = self._accelerator.prepare_model(model)
-        elif is_new_optimizer and optimizer is not None:
-            optimizer = self._accelerator.prepare_optimizer(optimizer)
-        self._model, self._optimizer = model, optimizer
+        else:
+            if is_new_model:
+                # DistributedDataParallel refuses a model without trainable parameters, which evaluates well without it.
+                model = self._accelerator.prepare_model(model, evaluation_mode=is_frozen)
+            if is_new_optimizer and optimizer is not None:
+                optimizer = self._accelerator.prepare_optimizer(optimizer)
+        if is_new_model:
+            self._trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        self._model, self._optimizer, self._sizes = model, optimizer, []
         # AcceleratedOptimizer's step and zero_grad take as long as the whole step of a small model, for look-ups alone.
         self.is_plain = (
             self._accelerator.scaler is None
@@ -67,7 +77,51 @@ class Engine:
             and not self._accelerator.has_lomo_optimizer
         )
         self.stepped_optimizer = raw_optimizer(optimizer) if self.is_plain else optimizer
-        return model, optimizer
+        if self._num_users == 0:
+            self._take_forward()
+        return self.include_thawed(), optimizer
+
+    def include_thawed(self) -> nn.Module:
+        """Return the model, wrapped anew if parameters have been unfrozen that its wrapper knows nothing of.
+
+        DistributedDataParallel exchanges the gradients of those parameters that were trainable when it was made.
+        """
+        model: Any = self._model
+        trainable = (
+            {id(parameter) for parameter in model.parameters() if parameter.requires_grad} if self._is_ddp else ()
+        )
+        if self._is_ddp and not self._trainable.issuperset(trainable):
+            module = self._unwrapped()
+            self._take_forward()
+            vars(module).pop("_is_accelerate_prepared", None)
+            self._accelerator._models.remove(model)  # it would keep the old wrapper alive
+            self._model = self._accelerator.prepare_model(module)
+            self._trainable = set(trainable)
+            if self._num_users == 0:
+                self._take_forward()
+            return self._model
+        return model  # type: ignore[no-any-return]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters that the optimizer moves, those of the model in its order first."""
+        groups = raw_optimizer(self._optimizer).param_groups
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != self._sizes:  # a walk through the model takes its time, and groups seldom change
+            assert self._model is not None
+            held = {id(parameter): parameter for group in groups for parameter in group["params"]}
+            own = [parameter for parameter in self._model.parameters() if held.pop(id(parameter), None) is not None]
+            self._parameters, self._sizes = [*own, *held.values()], sizes
+        return self._parameters
+
+    def clip_values(self, limit: float) -> None:
+        """Limit the magnitude of each element of the gradients; those that are not finite become NaN."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        # Clamped, an infinite gradient would look like any other and reach the weights: x - x is NaN for it, else 0.
+        marks = [gradient - gradient for gradient in gradients]
+        self._accelerator.clip_grad_value_(self.parameters, limit)
+        for gradient, mark in zip(gradients, marks, strict=True):
+            gradient += mark
 
     def choose_accumulation_steps(self, steps: int) -> int:
         """Return the steps in a window: those of the argument or, where that is 1, of Accelerate's settings.
@@ -125,6 +179,8 @@ class Engine:
         attributes = vars(module)
         if "_original_forward" in attributes:
             self._forward = attributes.pop("forward"), attributes.pop("_original_forward")
+            # The mark that keeps Accelerate from wrapping twice; the module is not wrapped any more.
+            attributes.pop("_is_accelerate_prepared", None)
             original = self._forward[1]
             if getattr(original, "__func__", None) is not type(module).forward:
                 attributes["forward"] = original  # the user had put one on the module before
@@ -136,11 +192,11 @@ class Engine:
 
 def raw_optimizer(optimizer: Any) -> Any:
     """Return the user's optimizer from inside Accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def _check_parameters(optimizer: Any, modules: Iterable[nn.Module]) -> None:
-    known = {id(parameter) for module in modules for parameter in module.parameters()}
+def _check_parameters(optimizer: Any, model: nn.Module, others: Iterable[nn.Module], num_processes: int) -> None:
+    known = {id(parameter) for module in (model, *others) for parameter in module.parameters()}
     held: list[Tensor] = [parameter for group in raw_optimizer(optimizer).param_groups for parameter in group["params"]]
     strange = [parameter for parameter in held if id(parameter) not in known]
     if strange:
@@ -149,4 +205,12 @@ def _check_parameters(optimizer: Any, modules: Iterable[nn.Module]) -> None:
             f"{tuple(strange[0].shape)}), so training would not move the model. Was the model, or a layer of it, "
             "replaced or copied after the optimizer was made? Make the optimizer last, or pass a function: "
             "optimizer=partial(AdamW, lr=1e-3)."
+        )
+    own = {id(parameter) for parameter in model.parameters()}
+    outside = [parameter for parameter in held if id(parameter) not in own]
+    if outside and num_processes > 1:
+        raise ValueError(
+            f"{len(outside)} of the {len(held)} parameters of the optimizer belong to another module than the model, "
+            f"such as the loss function, (first shape {tuple(outside[0].shape)}): {num_processes} processes would not "
+            "exchange their gradients. Make that module a part of the model."
         )

@@ -27,7 +27,9 @@ class TrainerError(Exception):
 class StopTrainingError(TrainerError):
     """Ask the trainer to end the training run in good order.
 
-    Raise it from any hook or callback, on every process alike. The trainer ends the run as if its last epoch were over.
+    Raise it from any hook or callback between the beginning of a training run and its end, on every process alike. The
+    epoch in progress is left as it is; ``on_stop_training_error``, ``training_run_end``, ``on_train_run_end`` follow.
+    Raised anywhere else, in ``evaluate`` for example, it is an exception like any other.
     """
 
 
@@ -69,7 +71,13 @@ _SYNONYMS = {
 }
 
 
-_FORMER_HOOKS = {"training_run_epoch_end": "eval_epoch_end"}  # of the published library: no hook of ours has its moment
+# Of the published library, and what does their work here.
+_FORMER_HOOKS = {
+    "training_run_epoch_end": "eval_epoch_end",  # no hook of ours has its moment
+    "_create_accelerator": "create_accelerator",
+    "_clip_gradients": "clip_gradients",
+    "_prepare_model_optimizer_and_dataloaders": "create_train_dataloader",
+}
 
 
 def refuse_near_misses(owner: type, base: type, hooks: Iterable[str], events: Iterable[str]) -> None:
@@ -83,7 +91,7 @@ def refuse_near_misses(owner: type, base: type, hooks: Iterable[str], events: It
     """
     for subclass in owner.__mro__[: owner.__mro__.index(base)]:
         for name, method in vars(subclass).items():
-            if name.startswith("_") or hasattr(base, name) or not callable(method):
+            if hasattr(base, name) or not callable(method) or (name.startswith("_") and name not in _FORMER_HOOKS):
                 continue
             if name in events:
                 raise ValueError(

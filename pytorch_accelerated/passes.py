@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pytorch_accelerated import distributed
 from pytorch_accelerated.data import ShardedDataLoader, describe
 from pytorch_accelerated.errors import BatchError
-from pytorch_accelerated.tracking import AccumulationWindow, LossSum, Number
+from pytorch_accelerated.tracking import AccumulationWindow, LossSum, Number, without_empty
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -110,12 +110,15 @@ def update_metrics(metrics: Metric | MetricCollection, batch: Any, batch_output:
     targets = batch_output["targets"] if "targets" in batch_output else split_batch(batch)[1]
     if predictions is None or targets is None:
         raise BatchError(
-            "metrics need predictions and targets. Return them from calculate_*_batch_loss as 'model_outputs' "
-            "(or 'predictions') and 'targets', or override update_metrics. Got the entries "
-            f"{sorted(batch_output)} and the batch {describe(batch)}."
+            "metrics need predictions and targets. Return them from calculate_*_batch_loss as 'model_outputs' (or "
+            f"'predictions') and 'targets', or override update_metrics. Got the entries {sorted(batch_output)} and "
+            f"the batch {describe(batch)}."
         )
     # A metric that keeps what it is given would keep the graph as well.
     metrics.update(recursively_apply(lambda tensor: tensor.detach(), predictions), targets)
+
+
+_NO_BATCH = object()
 
 
 class DataPass:
@@ -123,6 +126,7 @@ class DataPass:
 
     def __init__(
         self,
+        kind: str,
         loader: ShardedDataLoader,
         accelerator: Accelerator,
         metrics: Metric | MetricCollection | None,
@@ -131,12 +135,17 @@ class DataPass:
         """Begin with no batch seen.
 
         Args:
+            kind: what the pass is for, as messages say it: training, evaluating or predicting.
             loader: where the batches come from.
             accelerator: the processes and the device.
             metrics: of which the pass has a copy of its own; None for none.
             window: weighs the losses of a training pass; None for a pass without gradients.
         """
+        self.kind = kind
         self.loader = loader
+        self.step = -1
+        self._batch: Any = _NO_BATCH
+        self._is_iterating = False
         self.metrics = metrics if metrics is None else metrics.clone().to(accelerator.device)
         if self.metrics is not None:
             self.metrics.reset()
@@ -149,6 +158,24 @@ class DataPass:
         self._loss_sum = LossSum(accelerator.device)
         self._counts_items: bool | None = None
 
+    def iterate(self, epoch: int) -> Generator[Any, None, None]:
+        """Yield the batches of an epoch, and keep track of where the pass is."""
+        self._is_iterating = True
+        for batch in self.loader.iterate(epoch):
+            self.step += 1
+            self._batch = batch
+            yield batch
+            self._batch = _NO_BATCH
+        self._is_iterating = False
+
+    def describe_position(self) -> str:
+        """Return in words where the pass is, and the structure of the batch in use."""
+        if self._batch is not _NO_BATCH:
+            return f"step {self.step} of the pass (counted from 0); batch: {describe(self._batch)}"
+        if self._is_iterating:
+            return f"fetching the batch of step {self.step + 1} of the pass (counted from 0)"
+        return f"at the {'beginning' if self.step < 0 else 'end'} of the pass"
+
     @property
     def num_steps(self) -> int | None:
         """Return the steps of the pass; None where its length is not known."""
@@ -158,6 +185,15 @@ class DataPass:
     def num_samples_in_step(self) -> int:
         """Return the samples of the current step, over all processes."""
         return self.loader.round_samples
+
+    @property
+    def loss_in_step(self) -> Tensor:
+        """Return the loss of the current step on this process, detached; zero where it is the mean of no items."""
+        return self._loss_in_step
+
+    def leave_out_non_finite_losses(self) -> None:
+        """Let the mean loss of the pass be that of the batches whose loss is finite."""
+        self._loss_sum.skips_non_finite = True
 
     def mean_loss_so_far(self) -> float | None:
         """Return the mean loss on this process; None before the first batch. Waits for the device."""
@@ -188,6 +224,7 @@ class DataPass:
             total_items = loader.round_samples
         if loader.has_samples:
             self._loss_sum.update(batch_output["loss"], num_items)
+        self._loss_in_step = without_empty(batch_output["loss"].detach(), num_items)
         self._num_items, self._total_items = num_items, total_items
         return batch_output
 
@@ -195,7 +232,9 @@ class DataPass:
         """Return the loss of the batch just accounted for, weighed for its window; ``loss`` stays as it is."""
         assert self._window is not None, "only the losses of a training pass are weighed"
         weight = self._window.weight(self._num_items, self._total_items)
-        return loss if not isinstance(weight, Tensor) and weight == 1 else loss * weight
+        if not isinstance(weight, Tensor) and weight == 1:
+            return loss
+        return without_empty(loss, self._num_items) * weight
 
     def _complete(self, output: BatchOutput | Tensor) -> BatchOutput:
         """Return what a hook returned as a dict with loss and batch size; never changes what it was given."""
@@ -213,7 +252,14 @@ class DataPass:
                 "returned a loss that depends on no trainable parameter: it was detached (.item(), .detach(), "
                 "no_grad, numpy), or every parameter is frozen"
             )
-        size = output.get("batch_size") if isinstance(output, dict) else None
+        size, items = (
+            (output.get("batch_size"), output.get("num_items_in_batch")) if isinstance(output, dict) else (None, None)
+        )
+        if problem is None and not (
+            items is None
+            or (items.ndim == 0 if isinstance(items, Tensor) else isinstance(items, int | float) and items >= 0)
+        ):
+            problem = f"returned num_items_in_batch {describe(items)}; expected a number >= 0, or a scalar tensor"
         if (
             problem is None
             and size is not None
@@ -234,6 +280,7 @@ class DataPass:
 
     def results(self, loss_name: str, prefix: str) -> dict[str, Any]:
         """Return loss and metrics over all processes by name. Collective; waits for the device."""
+        self._batch, self._is_iterating = _NO_BATCH, False
         accelerator, metrics = self._accelerator, self.metrics
         results: dict[str, Any] = {
             loss_name: self._loss_sum.mean(lambda sums: distributed.reduce_sum(accelerator, sums))
@@ -244,7 +291,6 @@ class DataPass:
             computed = metrics.compute()
             named = computed if isinstance(computed, dict) else {type(metrics).__name__: computed}
             for name, value in named.items():
-                results[f"{prefix}_{name}"] = (
-                    value.tolist() if isinstance(value, Tensor) else value
-                )  # waits: a log point
+                # Some metrics compute tuples of tensors. Waits for the device: a log point.
+                results[f"{prefix}_{name}"] = recursively_apply(lambda tensor: tensor.tolist(), value)
         return results

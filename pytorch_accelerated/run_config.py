@@ -6,6 +6,7 @@ import dataclasses
 import operator
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 
@@ -103,28 +104,36 @@ def _plain(value: Any) -> Any:
 
 
 def check_train_arguments(
+    *,
     num_epochs: Any,
     max_num_train_steps: Any,
     per_device_batch_size: Any,
     gradient_accumulation_steps: Any,
+    gradient_clip_value: Any,
+    gradient_clip_norm: Any,
     create_scheduler_fn: Any,
 ) -> None:
     """Refuse arguments of ``Trainer.train`` that make no sense, before anything is done.
 
     Raises:
         TypeError: if the scheduler factory is something else.
-        ValueError: if a number is no whole number of at least one, or the run has no end.
+        ValueError: if a count is no whole number of at least one, a limit of gradients not above zero, or the run has
+            no end.
     """
-    numbers = {
+    counts = {
         "num_epochs": num_epochs,
         "max_num_train_steps": max_num_train_steps,
         "per_device_batch_size": per_device_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
     }
-    for name, number in numbers.items():
+    for name, count in counts.items():
         may_be_none = name in ("num_epochs", "max_num_train_steps")
-        if not (number is None and may_be_none) and (not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
+        is_whole = isinstance(count, Integral) and not isinstance(count, bool)
+        if not (count is None and may_be_none) and not (is_whole and count >= 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
+    for name, limit in {"gradient_clip_value": gradient_clip_value, "gradient_clip_norm": gradient_clip_norm}.items():
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name} must be above 0, or None to leave the gradients as they are, got {limit!r}.")
     if num_epochs is None and max_num_train_steps is None:
         raise ValueError("training would have no end: give num_epochs, max_num_train_steps (in updates), or both.")
     if create_scheduler_fn is not None and not callable(create_scheduler_fn):

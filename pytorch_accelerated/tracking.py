@@ -166,6 +166,9 @@ def _accumulator(device: torch.device) -> Tensor:
 class LossSum:
     """Sum losses and the items they are means of, without waiting for the device."""
 
+    skips_non_finite = False
+    """Whether losses that are infinite or NaN are left out."""
+
     def __init__(self, device: torch.device) -> None:
         """Start at zero, with the sums on ``device``."""
         self._loss = _accumulator(device)
@@ -183,12 +186,15 @@ class LossSum:
             loss: scalar tensor, mean over the items of the batch.
             num_items: how many items that were: a number, or a scalar tensor on the device of ``loss``.
         """
+        loss = without_empty(loss.detach(), num_items)
+        if self.skips_non_finite:
+            is_finite = torch.isfinite(loss)
+            loss, num_items = torch.where(is_finite, loss, 0.0), is_finite * num_items
         if isinstance(num_items, Tensor):
-            self._loss += loss.detach().to(self._loss.dtype) * num_items
-            self._items += num_items
+            self._loss += loss.to(self._loss.dtype) * num_items
         else:
-            self._loss.add_(loss.detach(), alpha=num_items)
-            self._items += num_items
+            self._loss.add_(loss, alpha=num_items)
+        self._items += num_items
 
     def local_mean(self) -> float | None:
         """Return the mean loss per item on this process, None where there were no items. Waits for the device."""
@@ -261,7 +267,7 @@ class AccumulationWindow:
         """
         if self._size == 1:
             first = self._over_processes(num_items) if total_items is None else total_items
-            self._reference = self._planned_size * _at_least_one(first)
+            self._reference = self._planned_size * _one_if_zero(first)
             self._total = first
             self._not_reduced = 0 if total_items is None else None
         elif total_items is None:
@@ -277,7 +283,7 @@ class AccumulationWindow:
             total = total + self._over_processes(self._not_reduced)
         is_alone = self._size == self._planned_size == 1  # then its reference was its total
         self._size = 0
-        factor: Number = 1 if is_alone else self._reference / _at_least_one(total)
+        factor: Number = 1 if is_alone else self._reference / _one_if_zero(total)
         if isinstance(factor, Tensor) or factor != 1:
             _scale_gradients(parameters, factor)
 
@@ -289,11 +295,26 @@ class AccumulationWindow:
         return self._reduce_sum(total)
 
 
-def _at_least_one(number: Number) -> Number:
-    return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)
+def _one_if_zero(number: Number) -> Number:
+    """Return what may be divided by. Item counts may be weights, so a number below one stays as it is."""
+    return torch.where(number == 0, 1, number) if isinstance(number, Tensor) else number or 1
+
+
+def without_empty(loss: Tensor, num_items: Number) -> Tensor:
+    """Return the loss, zero where it is the mean over no items at all: often NaN, and never of any weight."""
+    if isinstance(num_items, Tensor):
+        return torch.where(num_items == 0, 0.0, loss)
+    return loss if num_items else torch.nan_to_num(loss, 0.0, 0.0, 0.0) * 0
 
 
 def _scale_gradients(parameters: Iterable[Tensor], factor: Number) -> None:
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype) if isinstance(factor, Tensor) else factor)
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter.grad)
+    for (dtype, device), gradients in groups.items():
+        if isinstance(factor, Tensor):
+            real = torch.empty((), dtype=dtype).real.dtype if dtype.is_complex else dtype
+            torch._foreach_mul_(gradients, factor.to(device, real))
+        else:
+            torch._foreach_mul_(gradients, factor)

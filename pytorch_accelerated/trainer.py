@@ -237,38 +237,47 @@ class Trainer:
             ValueError: if there is nothing to train on, nothing to train with, or no end to the training.
             NonFiniteError: with the default callbacks, if a loss or a gradient is infinite or NaN.
         """
+        if self.is_training_run:
+            raise RuntimeError("train() was called inside a training run of the same trainer; make another Trainer.")
         check_train_arguments(
-            num_epochs, max_num_train_steps, per_device_batch_size, gradient_accumulation_steps, create_scheduler_fn
+            num_epochs=num_epochs,
+            max_num_train_steps=max_num_train_steps,
+            per_device_batch_size=per_device_batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            gradient_clip_value=gradient_clip_value,
+            gradient_clip_norm=gradient_clip_norm,
+            create_scheduler_fn=create_scheduler_fn,
         )
         if self.optimizer is None:
             raise ValueError("training needs an optimizer: Trainer(model, loss_func, optimizer=...).")
         self.train_dataset, self.eval_dataset, self.collate_fn = train_dataset, eval_dataset, collate_fn
         self.create_scheduler_fn = create_scheduler_fn
-        self._prepare_run(
-            num_epochs=num_epochs,
-            max_num_train_steps=max_num_train_steps,
-            train_per_device_batch_size=per_device_batch_size,
-            eval_per_device_batch_size=per_device_batch_size,
-            train_dl_kwargs=dict(train_dataloader_kwargs or {}),
-            eval_dl_kwargs=dict(eval_dataloader_kwargs or {}),
-            gradient_accumulation_steps=self._engine.choose_accumulation_steps(gradient_accumulation_steps),
-            gradient_clip_value=gradient_clip_value,
-            gradient_clip_norm=gradient_clip_norm,
-        )
-        if reset_run_history:
-            self.run_history.reset()
-        self._epoch_limit = num_epochs and self.current_epoch + num_epochs
-        self._update_limit = max_num_train_steps and self.num_updates + max_num_train_steps
-        with self._running("on_train_run_end", is_training=True):
-            try:
-                self.training_run_start()
-                self._event("on_train_run_begin")
-                while not self._is_finished():
-                    self._run_train_epoch()
-                    self.run_evaluation()
-            except StopTrainingError as error:
-                self._event("on_stop_training_error", exception=error)
-            self.training_run_end()
+        with distributed.failing_together(self.accelerator):
+            self._prepare_run(
+                num_epochs=num_epochs,
+                max_num_train_steps=max_num_train_steps,
+                train_per_device_batch_size=per_device_batch_size,
+                eval_per_device_batch_size=per_device_batch_size,
+                train_dl_kwargs=dict(train_dataloader_kwargs or {}),
+                eval_dl_kwargs=dict(eval_dataloader_kwargs or {}),
+                gradient_accumulation_steps=self._engine.choose_accumulation_steps(gradient_accumulation_steps),
+                gradient_clip_value=gradient_clip_value,
+                gradient_clip_norm=gradient_clip_norm,
+            )
+            if reset_run_history:
+                self.run_history.reset()
+            self._epoch_limit = num_epochs and self.current_epoch + num_epochs
+            self._update_limit = max_num_train_steps and self.num_updates + max_num_train_steps
+            with self._running("on_train_run_end", is_training=True):
+                try:
+                    self.training_run_start()
+                    self._event("on_train_run_begin")
+                    while not self._is_finished():
+                        self._run_train_epoch()
+                        self.run_evaluation()
+                except StopTrainingError as error:
+                    self._event("on_stop_training_error", exception=error)
+                self.training_run_end()
         return self.run_history
 
     def evaluate(
@@ -290,12 +299,14 @@ class Trainer:
             ``evaluation_loss`` and the metrics, as ``evaluation_<metric>``; of a named set ``evaluation_<name>_loss``
             and so on.
         """
-        with self._setting(eval_dataset=dataset, collate_fn=collate_fn):
+        if dataset is None:
+            raise ValueError("evaluate needs a dataset, got None.")
+        with distributed.failing_together(self.accelerator), self._setting(eval_dataset=dataset, collate_fn=collate_fn):
             kwargs = dict(dataloader_kwargs or {})
             self._prepare_model_and_optimizer()
             loaders = self._create_eval_dataloaders(per_device_batch_size, kwargs, self._choose_seed())
             config = self._create_run_config(
-                eval_per_device_batch_size=per_device_batch_size,
+                eval_per_device_batch_size=data.common_batch_size(loaders.values()),
                 eval_dl_kwargs=kwargs,
                 eval_dataloader_len=data.total_length(loaders.values()),
             )
@@ -335,29 +346,26 @@ class Trainer:
         kwargs = dict(dataloader_kwargs or {})
         if kwargs.get("shuffle"):
             raise ValueError("predict returns outputs in the order of the dataset, so it cannot take shuffle=True.")
-        with self._setting(predict_dataset=dataset, collate_fn=collate_fn):
+        processes = distributed.failing_together(self.accelerator)
+        with processes, self._setting(predict_dataset=dataset, collate_fn=collate_fn):
             self._prepare_model_and_optimizer()
-            loader = data.shard_dataloader(
-                self.create_predict_dataloader(per_device_batch_size, kwargs), self.accelerator, self._choose_seed()
-            )
+            dataloader = self.create_predict_dataloader(per_device_batch_size, kwargs)
+            if data.is_shuffled(dataloader):
+                raise ValueError("predict returns outputs in the order of the dataset, but its DataLoader shuffles.")
+            loader = data.shard_dataloader(dataloader, self.accelerator, self._choose_seed())
             outputs: list[Any] = []
-            step, batch = -1, None
-            with self._running("on_prediction_run_end"), self._evaluating(loader):
+            with self._running("on_prediction_run_end"), self._evaluating("predicting", loader) as data_pass:
                 self.prediction_run_start()
                 self._event("on_prediction_run_begin")
                 self.predict_epoch_start()
                 self._event("on_predict_epoch_begin")
-                try:
-                    for step, batch in enumerate(loader.iterate(epoch=0)):
+                with contextlib.closing(data_pass.iterate(epoch=0)) as batches:
+                    for step, batch in enumerate(batches):
                         self._event("on_predict_step_begin")
                         output = self.calculate_predictions(batch)
                         self._event("on_predict_step_end", batch=batch, batch_output=output, step=step)
                         # To the host at once, which waits for the device: the outputs of a dataset may not fit on it.
                         outputs.append(distributed.to_host(self.gather(output)))
-                        batch = None
-                except Exception as error:
-                    self._locate(error, "predicting", step, batch)
-                    raise
                 self.predict_epoch_end()
                 self._event("on_predict_epoch_end")
                 self.prediction_run_end()
@@ -371,40 +379,35 @@ class Trainer:
         loader, window, counters = self._train_dataloader, self._window, self.run_history.counters
         assert loader is not None and window is not None, "train() has made them"
         counters.current_epoch += 1
-        data_pass = self.data_pass = DataPass(loader, self.accelerator, self.metrics, window)
+        data_pass = self.data_pass = DataPass("training", loader, self.accelerator, self.metrics, window)
         accumulation_steps = self.run_config.gradient_accumulation_steps
-        step, batch = -1, None
         self.train_epoch_start()
         self._event("on_train_epoch_begin")
-        try:
-            with contextlib.closing(loader.iterate(counters.current_epoch)) as batches:
-                for step, batch in enumerate(batches):
-                    is_update = window.begin_step(loader.is_last)
-                    with self._engine.gradient_sync(is_update, accumulation_steps):
-                        self._event("on_train_step_begin")
-                        batch_output = self._account(batch, self.calculate_train_batch_loss(batch))
-                        self._event("on_train_step_end", batch=batch, batch_output=batch_output, step=step)
-                        self.backward_step(data_pass.weigh(batch_output["loss"]))
-                    counters.num_steps += 1
-                    counters.num_samples += loader.round_samples
-                    if is_update:
-                        window.close(self.model.parameters())
-                        self.clip_gradients()
-                        self._event("on_optimizer_step_begin")
-                        if not self._update_is_skipped:
-                            self.optimizer_step()
-                        if is_applied := self._count_update():
-                            self.scheduler_step()
-                        self.optimizer_zero_grad()
-                        if is_applied:
-                            self._event("on_train_update_end")
-                        if counters.num_updates == self._update_limit:
-                            break
-                    batch = None  # so that an error while fetching the next batch does not speak of this one
-        except Exception as error:
-            self._locate(error, "training", step, batch)
-            raise
-        if step < 0:
+        self.model = self._engine.include_thawed()
+        with contextlib.closing(data_pass.iterate(counters.current_epoch)) as batches:
+            for step, batch in enumerate(batches):
+                is_update = window.begin_step(loader.is_last)
+                with self._engine.gradient_sync(is_update, accumulation_steps):
+                    self._event("on_train_step_begin")
+                    batch_output = self._account(batch, self.calculate_train_batch_loss(batch))
+                    self._event("on_train_step_end", batch=batch, batch_output=batch_output, step=step)
+                    self.backward_step(data_pass.weigh(batch_output["loss"]))
+                counters.num_steps += 1
+                counters.num_samples += loader.round_samples
+                if is_update:
+                    window.close(self._engine.parameters)
+                    self.clip_gradients()
+                    self._event("on_optimizer_step_begin")
+                    if not self._update_is_skipped:
+                        self.optimizer_step()
+                    if is_applied := self._count_update():
+                        self.scheduler_step()
+                    self.optimizer_zero_grad()
+                    if is_applied:
+                        self._event("on_train_update_end")
+                    if counters.num_updates == self._update_limit:
+                        break
+        if data_pass.step < 0:
             raise ValueError(
                 f"epoch {counters.current_epoch} gave no batch: the training data yields nothing (any more)."
             )
@@ -427,23 +430,18 @@ class Trainer:
     def _run_eval_epoch(
         self, loader: data.ShardedDataLoader, loss_name: str, prefix: str, name: str | None, is_intermediate: bool
     ) -> dict[str, Any]:
-        step, batch = -1, None
         facts = {"eval_name": name, "is_intermediate": is_intermediate}
-        with self._evaluating(loader):
+        with self._evaluating("evaluating", loader) as data_pass:
             self.eval_epoch_start()
             self._event("on_eval_epoch_begin", **facts)
             loader.limit = self.limit_eval_batches
-            try:
-                # The randomness of evaluation data is that of epoch 0, always, so that evaluations can be compared.
-                for step, batch in enumerate(loader.iterate(epoch=0)):
+            # The randomness of evaluation data is that of epoch 0, always, so that evaluations can be compared.
+            with contextlib.closing(data_pass.iterate(epoch=0)) as batches:
+                for step, batch in enumerate(batches):
                     self._event("on_eval_step_begin")
                     batch_output = self._account(batch, self.calculate_eval_batch_loss(batch))
                     self._event("on_eval_step_end", batch=batch, batch_output=batch_output, step=step)
-                    batch = None
-            except Exception as error:
-                self._locate(error, "evaluating", step, batch)
-                raise
-            if step < 0:
+            if data_pass.step < 0:
                 which = f" {name!r}" if name else ""
                 raise ValueError(f"the evaluation set{which} gave no batch: it yields nothing (any more).")
             results = self._record(loss_name, prefix)
@@ -570,10 +568,10 @@ class Trainer:
         """
         config = self.run_config
         if config.gradient_clip_value is not None:
-            self.accelerator.clip_grad_value_(self.model.parameters(), config.gradient_clip_value)
+            self._engine.clip_values(config.gradient_clip_value)
         if config.gradient_clip_norm is not None:
             clip = nn.utils.clip_grad_norm_ if self._engine.is_plain else self.accelerator.clip_grad_norm_
-            self.gradient_norm = clip(self.model.parameters(), config.gradient_clip_norm)
+            self.gradient_norm = clip(self._engine.parameters, config.gradient_clip_norm)
 
     def optimizer_step(self) -> None:
         """Change the weights; called once per update. The default calls the optimizer's ``step``."""
@@ -776,16 +774,17 @@ class Trainer:
             self.run_history.update_metric(name, value)
         return results
 
-    def _locate(self, error: Exception, doing: str, step: int, batch: Any) -> None:
-        """Add a note to an exception that says where in the run it happened."""
-        if isinstance(error, StopTrainingError):
+    def _locate(self, error: BaseException) -> None:
+        """Add a note to an exception of user code that says where in the run it happened, unless it has one."""
+        prefix = "pytorch_accelerated: while "
+        notes = getattr(error, "__notes__", ())
+        if not isinstance(error, Exception) or any(note.startswith(prefix) for note in notes):
             return
-        where = f"step {step}" if batch is not None else f"before step {step + 1}, fetching its batch"
-        what = f"; batch: {data.describe(batch)}" if batch is not None else ""
+        accelerator, data_pass = self.accelerator, self.data_pass
+        doing, where = ("running", "") if data_pass is None else (data_pass.kind, f", {data_pass.describe_position()}")
         error.add_note(
-            f"pytorch_accelerated: while {doing}, epoch {self.current_epoch}, {where} of the pass (counted from 0), "
-            f"{self.num_updates} updates made, process {self.accelerator.process_index} of "
-            f"{self.accelerator.num_processes}{what}"
+            f"{prefix}{doing}, process {accelerator.process_index} of {accelerator.num_processes}, epoch "
+            f"{self.current_epoch}, {self.num_updates} updates made{where}"
         )
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -802,29 +801,32 @@ class Trainer:
             try:
                 yield
             except BaseException as error:
-                self._fail(error, end_event)
+                self._locate(error)
+                distributed.report_failure(self.accelerator, error)  # before callbacks, which may wait for the others
+                self.callback_handler.call_end_event("on_exception", self, error, exception=error)
+                self.callback_handler.call_end_event(end_event, self, error)
                 raise
             finally:
                 self._update_is_skipped = False
-            self._event(end_event)
-
-    def _fail(self, error: BaseException, end_event: str) -> None:
-        """Tell the callbacks of a failure. Raises ProcessFailedError if the failure is another process's."""
-        distributed.report_failure(self.accelerator, error)
-        self.callback_handler.call_event_after_failure("on_exception", self, error, exception=error)
-        self.callback_handler.call_event_after_failure(end_event, self, error)
-        if (cause := distributed.peer_failure(self.accelerator, error)) is not None:
-            raise cause from None
+            try:
+                self.callback_handler.call_end_event(end_event, self)
+            except Exception as error:
+                self.callback_handler.call_end_event("on_exception", self, error, exception=error)
+                raise
 
     @contextlib.contextmanager
-    def _evaluating(self, loader: data.ShardedDataLoader) -> Iterator[None]:
+    def _evaluating(self, kind: str, loader: data.ShardedDataLoader) -> Iterator[DataPass]:
         """Go without gradients through ``loader``, and leave modes and random streams as they were."""
         modes = [(module, module.training) for module in self.model.modules()]
-        with self._setting(data_pass=DataPass(loader, self.accelerator, self.metrics, window=None)):
+        data_pass = DataPass(kind, loader, self.accelerator, self.metrics, window=None)
+        with self._setting(data_pass=data_pass):
             try:
                 # Not inference_mode: its tensors cannot be used in training, and compiled or sharded models refuse it.
                 with torch.no_grad(), data.random_streams_preserved(self.device):
-                    yield
+                    yield data_pass
+            except Exception as error:
+                self._locate(error)
+                raise
             finally:
                 for module, mode in modes:
                     module.training = mode
@@ -861,6 +863,14 @@ class Trainer:
     ) -> dict[str | None, data.ShardedDataLoader]:
         if self.eval_dataset is None:
             return {}
+        if self.eval_dataset == {} or (
+            isinstance(self.eval_dataset, dict)
+            and not all(isinstance(name, str) and name for name in self.eval_dataset)
+        ):
+            raise ValueError(
+                "a dict of evaluation sets must hold at least one, each under a string as its name, got "
+                f"{self.eval_dataset!r}."
+            )
         named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
         loaders: dict[str | None, data.ShardedDataLoader] = {}
         for name, dataset in named.items():
@@ -891,6 +901,7 @@ class Trainer:
         self._prepare_model_and_optimizer()
 
         facts["train_per_device_batch_size"] = loader.batch_size
+        facts["eval_per_device_batch_size"] = data.common_batch_size(self._eval_dataloaders.values())
         self.run_config = self._create_run_config(
             train_dataloader_len=loader.num_steps,
             eval_dataloader_len=data.total_length(self._eval_dataloaders.values()),

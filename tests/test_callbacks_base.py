@@ -42,7 +42,7 @@ def test_the_published_spellings_are_heard_once_and_at_the_same_moment() -> None
 
 def test_both_spellings_on_one_callback_are_refused() -> None:
     both = recorder(["on_train_step_begin", "on_train_step_start"])
-    with pytest.raises(ValueError, match="has two methods for the event 'on_train_step_begin'; 'on_train_step_"):
+    with pytest.raises(ValueError, match="has two methods for the event 'on_train_step_begin': 'on_train_step_"):
         CallbackHandler([both])
 
 

@@ -171,8 +171,8 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown dataloader argument": (
         lambda: train(train_dataloader_kwargs={"num_worker": 2}),
         TypeError,
-        "'num_worker' is no argument of torch.utils.data.DataLoader. Did you mean 'num_workers'? It takes: batch_size, "
-        "*",
+        "'num_worker' is no argument of torch.utils.data.DataLoader. Did you mean 'num_workers'? It takes: "
+        "batch_size, *",
     ),
     "unknown evaluation dataloader argument": (
         lambda: train(eval_dataset=make_data(3), eval_dataloader_kwargs={"batchsize": 2}),
@@ -411,8 +411,8 @@ def test_an_exception_keeps_type_and_traceback_and_gets_one_note() -> None:
     assert raised.value.__cause__ is None and raised.value.__context__ is None
     assert traceback.extract_tb(raised.tb)[-1].name == "calculate_train_batch_loss"
     assert raised.value.__notes__ == [
-        "pytorch_accelerated: while training, epoch 2, step 1 of the pass (counted from 0), 5 updates made, process "
-        "0 of 1; batch: list of 2 (float32[4, 4] on cpu, int64[4] on cpu)"
+        "pytorch_accelerated: while training, process 0 of 1, epoch 2, 5 updates made, step 1 of the pass (counted "
+        "from 0); batch: list of 2 (float32[4, 4] on cpu, int64[4] on cpu)"
     ]
 
 
@@ -427,7 +427,7 @@ def test_an_exception_of_a_dataset_says_which_batch_it_was_fetching() -> None:
     with pytest.raises(OwnError) as raised:
         train(FailingDataset(make_data(8)), per_device_batch_size=2, train_dataloader_kwargs={"shuffle": False})
     [note] = raised.value.__notes__
-    assert "while training, epoch 1, before step 2, fetching its batch of the pass" in note
+    assert note.endswith("epoch 1, 2 updates made, fetching the batch of step 2 of the pass (counted from 0)")
 
 
 @pytest.mark.parametrize("what", ["train", "evaluate", "predict"])

@@ -433,7 +433,7 @@ def test_lengths_in_epochs_are_those_in_updates(
 ) -> None:
     rates = rates_of_run(15, 3, scheduler_class.create_scheduler_fn(**in_epochs))
     optimizer = SGD([nn.Parameter(torch.ones(()))], lr=0.4)
-    scheduler = scheduler_class(optimizer, **{"num_updates": 24, **in_updates})  # type: ignore[arg-type]
+    scheduler = scheduler_class(optimizer, **{"num_updates": 24, **in_updates})
     assert rates == [*lrs_of(optimizer), *(step(optimizer, scheduler)[0] for _ in range(24))]
 
 

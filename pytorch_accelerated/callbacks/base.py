@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +24,18 @@ ACCEPTED_SPELLINGS = {
 """How pytorch-accelerated 0.1.x spells events, and what they are called here."""
 
 
+_FORMER_EVENTS = {
+    "on_training_run_epoch_end": " The published library fired it after each epoch's evaluation: use "
+    "'on_eval_epoch_end' or, where there is no evaluation set, 'on_train_epoch_end'."
+}
+
+
 class TrainerCallback:
     """Listen to the events of a run; override what is of interest, the rest does nothing.
 
     An event follows the hook of the same moment, on every process. Callbacks are called in list order. An exception
-    raised in one ends the run; ``StopTrainingError`` ends it in good order. Methods take ``**kwargs`` so that events
-    can grow.
+    raised in one ends the run; ``StopTrainingError`` ends training in good order. Methods take ``**kwargs`` so that
+    events can grow; arguments that a method without it does not take are left out.
     """
 
     name: str | None = None
@@ -156,44 +164,47 @@ class CallbackHandler:
         listeners = self._find_listeners(instance)
         self.callbacks.append(instance)
         for event, method in listeners.items():
-            self._listeners[event].append(method)
+            # A new list, because a callback may come or go while the old one is being called.
+            self._listeners[event] = [*self._listeners[event], method]
 
     def remove_callback(self, callback: TrainerCallback) -> None:
         """Take a callback out. Raises ValueError if it is not there."""
-        remaining = list(self.callbacks)
-        remaining.remove(callback)
+        remaining = [other for other in self.callbacks if other is not callback]
+        if len(remaining) == len(self.callbacks):
+            raise ValueError(f"{callback!r} is not among the callbacks.")
         self.clear_callbacks()
         self.add_callbacks(remaining)
 
     def clear_callbacks(self) -> None:
         """Take all callbacks out."""
-        self.callbacks.clear()
-        for listeners in self._listeners.values():
-            listeners.clear()
+        self.callbacks = []
+        self._listeners = {event: [] for event in self._listeners}
 
     def _find_listeners(self, callback: TrainerCallback) -> dict[str, Callable[..., None]]:
-        listeners: dict[str, Callable[..., None]] = {}
+        spellings: dict[str, str] = {}
         for name in dir(callback):
             if not name.startswith("on_") or not callable(getattr(callback, name)):
                 continue
             event = ACCEPTED_SPELLINGS.get(name, name)
             if event not in self._listeners:
                 known = [*self._listeners, *ACCEPTED_SPELLINGS]
+                hint = _FORMER_EVENTS.get(name) or did_you_mean(name, known)
                 raise ValueError(
                     f"{type(callback).__name__} has a method {name!r}, but there is no such event, so it would never "
-                    f"be called.{did_you_mean(name, known)} The events are: {', '.join(self._listeners)}. For an "
-                    "event of your own, add its name to EVENTS of your Trainer subclass."
+                    f"be called.{hint} The events are: {', '.join(self._listeners)}. For an event of your own, add "
+                    "its name to EVENTS of your Trainer subclass."
                 )
-            method = getattr(callback, name)
-            inherited = vars(TrainerCallback).get(name)
-            if inherited is not None and getattr(method, "__func__", None) is inherited:
+            if _depth(callback, name) is None:
                 continue  # not overridden: nobody listens
-            if event in listeners and listeners[event] != method:
-                raise ValueError(
-                    f"{type(callback).__name__} has two methods for the event {event!r}; {name!r} is its old spelling."
-                )
-            listeners[event] = method
-        return listeners
+            other = spellings.setdefault(event, name)
+            if other != name:
+                depths = _depth(callback, other), _depth(callback, name)
+                if depths[0] == depths[1]:
+                    raise ValueError(
+                        f"{type(callback).__name__} has two methods for the event {event!r}: {other!r} and {name!r}."
+                    )
+                spellings[event] = other if depths[0] < depths[1] else name  # type: ignore[operator]
+        return {event: _lenient(getattr(callback, name)) for event, name in spellings.items()}
 
     def call_event(self, event: str, trainer: Trainer, **kwargs: Any) -> None:
         """Call the callbacks that listen to ``event``.
@@ -209,20 +220,32 @@ class CallbackHandler:
         for listener in self._listeners[event]:
             listener(trainer, **kwargs)
 
-    def call_event_after_failure(self, event: str, trainer: Trainer, error: BaseException, **kwargs: Any) -> None:
-        """Call all callbacks that listen to ``event`` while ``error`` is on its way.
+    def call_end_event(self, event: str, trainer: Trainer, error: BaseException | None = None, **kwargs: Any) -> None:
+        """Call all callbacks that listen to ``event``, whatever happens in one of them.
 
-        What they raise themselves becomes a note of ``error``, so that neither hides it nor keeps others from hearing
-        of it.
+        Args:
+            event: the name of the event.
+            trainer: passed to each callback.
+            error: an exception that is on its way. What callbacks raise becomes a note of it, so that neither hides it.
+            **kwargs: passed to each callback.
+
+        Raises:
+            Exception: the first that a callback raised, where there is no ``error``; all have been called by then.
         """
+        first: Exception | None = None
         for listener in self._listeners[event]:
             try:
                 listener(trainer, **kwargs)
             except Exception as second:
+                if error is None and first is None:
+                    first = second
+                    continue
                 name = getattr(listener, "__qualname__", repr(listener))
-                error.add_note(
+                (error or first).add_note(  # type: ignore[union-attr]  # one of them is there
                     f"pytorch_accelerated: {name} failed as well, at {event}: {type(second).__name__}: {second}"
                 )
+        if first is not None:
+            raise first
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return the states of the callbacks that have one, keyed by class, name and, where these repeat, position."""
@@ -240,6 +263,31 @@ class CallbackHandler:
             key = type(callback).__qualname__ + (f":{callback.name}" if callback.name else "")
             seen[key] = seen.get(key, 0) + 1
             yield (key if seen[key] == 1 else f"{key}#{seen[key]}"), callback
+
+
+def _depth(callback: TrainerCallback, name: str) -> int | None:
+    """Return how far from the instance an attribute was defined: the nearer, the more particular. None for our own."""
+    if name in vars(callback):
+        return 0
+    owner = next(cls for cls in type(callback).__mro__ if name in vars(cls))
+    return None if owner is TrainerCallback else 1 + type(callback).__mro__.index(owner)
+
+
+def _lenient(method: Callable[..., None]) -> Callable[..., None]:
+    """Return the method, or where it takes no ``**kwargs`` a function that drops what it does not take."""
+    try:
+        parameters = inspect.signature(method).parameters.values()
+    except (TypeError, ValueError):  # some built-in functions do not say
+        return method
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return method
+    names = {parameter.name for parameter in parameters}
+
+    @functools.wraps(method)
+    def call(trainer: Trainer, **kwargs: Any) -> None:
+        method(trainer, **{name: value for name, value in kwargs.items() if name in names})
+
+    return call
 
 
 class LambdaCallback(TrainerCallback):

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class StepBasedEvaluationCallback(TrainerCallback):
-    """Evaluate every so many updates, besides the evaluation at the end of each epoch.
+    """Evaluate every so many updates within an epoch, besides the evaluation at the end of each.
 
     The results go to the history under their usual names, with the counters of the moment. Training goes on as if
     nothing had happened: the mode of each module, the random streams and the position in the data are what they were.
@@ -30,5 +30,7 @@ class StepBasedEvaluationCallback(TrainerCallback):
 
     def on_train_update_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Evaluate if it is time."""
-        if trainer.num_updates % self.eval_every_n_steps == 0:
+        assert trainer.data_pass is not None, "the event is one of a pass"
+        # After the last update of an epoch the evaluation at its end is about to come, of the same weights.
+        if trainer.num_updates % self.eval_every_n_steps == 0 and not trainer.data_pass.loader.is_last:
             trainer.run_evaluation(is_intermediate=True)

@@ -15,7 +15,7 @@ LIMIT_BATCHES_ENV_VAR = "PT_ACC_LIMIT_BATCHES"
 
 
 class LimitBatchesCallback(TrainerCallback):
-    """End each pass over training or evaluation data after a number of batches.
+    """End each pass over training or evaluation data after a number of batches; of several limits the smallest wins.
 
     Schedulers and progress bars know of the shorter epochs. Setting the environment variable ``PT_ACC_LIMIT_BATCHES``
     to a number gives every new trainer this callback.
@@ -27,8 +27,17 @@ class LimitBatchesCallback(TrainerCallback):
 
     def on_init_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Set the limits, before any loader is made."""
-        trainer.limit_train_batches = self.num_batches
-        trainer.limit_eval_batches = self.num_batches
+        trainer.limit_train_batches = min(self.num_batches, trainer.limit_train_batches or self.num_batches)
+        trainer.limit_eval_batches = min(self.num_batches, trainer.limit_eval_batches or self.num_batches)
+
+    def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Check that the limits are in force. Raises ValueError if the callback came after the trainer was made."""
+        if trainer.limit_train_batches is None or trainer.limit_train_batches > self.num_batches:
+            raise ValueError(
+                f"LimitBatchesCallback({self.num_batches}) is not in force, the limit is "
+                f"{trainer.limit_train_batches}: pass it to Trainer(callbacks=...). Added later it comes after the "
+                "loaders and the schedule."
+            )
 
 
 class LimitEvalStepsCallback(TrainerCallback):
@@ -55,8 +64,9 @@ class LimitEvalStepsCallback(TrainerCallback):
 
     def on_eval_epoch_begin(self, trainer: Trainer, is_intermediate: bool = False, **kwargs: Any) -> None:
         """Set the limit for this pass."""
-        is_limited = trainer.is_training_run and (is_intermediate or not self.limit_intermediate_only)
-        trainer.limit_eval_batches = self.num_eval_steps if is_limited else self._usual_limit
+        if trainer.is_training_run:
+            is_limited = is_intermediate or not self.limit_intermediate_only
+            trainer.limit_eval_batches = self.num_eval_steps if is_limited else self._usual_limit
 
     def on_train_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Take the limit back."""

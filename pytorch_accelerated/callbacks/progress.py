@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -53,6 +54,14 @@ class ProgressBarCallback(TrainerCallback):
         self.seconds_between_draws = seconds_between_draws
         self.seconds_between_lines = seconds_between_lines
         self._passes: list[_PassProgress] = []  # more than one while an evaluation interrupts an epoch
+        self._depths: list[int] = []  # how many there were when each run began; runs may be nested, too
+
+    def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Note which bars are not of this run."""
+        self._depths.append(len(self._passes))
+
+    on_evaluation_run_begin = on_train_run_begin
+    on_prediction_run_begin = on_train_run_begin
 
     def on_train_epoch_begin(self, trainer: Trainer, **kwargs: Any) -> None:
         """Begin a bar for the epoch."""
@@ -84,7 +93,8 @@ class ProgressBarCallback(TrainerCallback):
 
     def on_train_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Leave no bar behind where a run failed."""
-        while self._passes:
+        depth = self._depths.pop() if self._depths else 0
+        while len(self._passes) > depth:
             self._passes.pop().close(trainer, has_failed=True)
 
     on_evaluation_run_end = on_train_run_end
@@ -106,7 +116,6 @@ class _PassProgress:
         self._bar = bar
         self._label = label
         self._data_pass = data_pass
-        self._num_steps = data_pass.num_steps
         self._interval = interval
         self._step = 0
         self._samples = 0
@@ -128,6 +137,7 @@ class _PassProgress:
             self._bar.close()
 
     def _draw(self, trainer: Trainer, seconds: float) -> None:
+        num_steps = self._data_pass.num_steps  # which a callback may have limited since the pass began
         facts = []
         if (loss := self._data_pass.mean_loss_so_far()) is not None:
             facts.append(f"loss {loss:.4g}")
@@ -135,13 +145,14 @@ class _PassProgress:
             facts.append(f"lr {float(groups[0]['lr']):.3g}")
         facts.append(f"{self._samples / max(seconds, 1e-9):,.0f} samples/s")
         if self._bar is not None:
+            self._bar.total = num_steps
             self._bar.set_postfix_str(", ".join(facts), refresh=False)
             self._bar.update(self._step - self._bar.n)
             return
-        if self._num_steps:
-            left = int(seconds / self._step * (self._num_steps - self._step))
+        if num_steps:
+            left = int(seconds / self._step * (num_steps - self._step))
             facts.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
-        of_all = f"/{self._num_steps}" if self._num_steps else ""
+        of_all = f"/{num_steps}" if num_steps else ""
         trainer.print(f"{self._label}: step {self._step}{of_all}, {', '.join(facts)}")
 
 
@@ -153,7 +164,9 @@ def _create_bar(label: str, num_steps: int | None, is_nested: bool) -> Any:
     if not is_notebook and not sys.stderr.isatty():
         return None
     # Some pseudo-terminals say that they have neither columns nor rows, into which tqdm would draw nothing.
-    has_width = is_notebook or os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    has_width = is_notebook
+    with suppress(OSError):  # some consoles are terminals without being files
+        has_width = has_width or os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return tqdm(
         total=num_steps,
         desc=label,
@@ -190,6 +203,10 @@ class LogMetricsCallback(TrainerCallback):
             self.log_metrics(trainer, metrics)
 
     on_eval_epoch_end = on_train_epoch_end
+    # What callbacks after this one recorded at the end of a pass is seen now.
+    on_train_epoch_begin = on_train_epoch_end
+    on_train_run_end = on_train_epoch_end
+    on_evaluation_run_end = on_train_epoch_end
 
     def log_metrics(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
         """Print metrics; called on the main process.

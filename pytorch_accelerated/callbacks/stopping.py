@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
 
 Policy = Literal["raise", "stop", "skip"]
+
+_MAX_BAD_IN_A_ROW = 100
 
 
 class _Moment(NamedTuple):
@@ -54,7 +57,9 @@ class TerminateOnNaNCallback(TrainerCallback):
         ``"raise"``: end the run with ``NonFiniteError``, which names epoch, step, loss, learning rate and process.
         ``"stop"``: print the same words and end the run in good order.
         ``"skip"``: leave the update out, print the same words, count it in ``trainer.num_skipped_updates``, and go on.
-        The learning rate schedule does not advance. Where answers are read late, the update counts as made when the
+        The learning rate schedule does not advance, and the mean loss of the epoch is that of the batches with a finite
+        one. After 100 such updates in a row, or where running statistics (batch norm) have taken the numbers in, which
+        cannot be undone, it raises all the same. Where answers are read late, the update counts as made when the
         schedule advances, and is added to ``num_skipped_updates`` when it is read.
     """
 
@@ -74,38 +79,54 @@ class TerminateOnNaNCallback(TrainerCallback):
             raise ValueError(f"read_every_n_updates must be at least 1, got {read_every_n_updates}.")
         self.policy = policy
         self.read_every_n_updates = read_every_n_updates
+        self._is_set_up = False
 
     def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
         """Prepare the flags on the device."""
+        self._is_set_up = True
         device = trainer.device
         self._interval = self.read_every_n_updates or (1 if device.type == "cpu" else 50)
-        self._parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         self._checks_gradients = trainer.accelerator.scaler is None
         self._one = torch.ones((), device=device)
         self._losses: Tensor | None = None
         self._num_bad = torch.zeros((), device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # position in _moments
         self._first_bad_loss = torch.zeros((), device=device)
+        self._num_bad_in_a_row = 0
         self._moments: list[_Moment] = []  # of the updates since the last look, which the device knows by number
+
+    def on_train_epoch_begin(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Keep the losses of skipped updates out of the mean loss of the epoch."""
+        if self.policy == "skip" and trainer.data_pass is not None:
+            trainer.data_pass.leave_out_non_finite_losses()
 
     def on_train_step_end(self, trainer: Trainer, batch: Any, batch_output: dict[str, Any], **kwargs: Any) -> None:
         """Add the loss of the batch to those of its window."""
-        loss = batch_output["loss"].detach()
+        if not self._is_set_up:  # added in the middle of a run
+            self.on_train_run_begin(trainer)
+        assert trainer.data_pass is not None, "the event is one of a pass"
+        loss = trainer.data_pass.loss_in_step
         self._losses = loss if self._losses is None else self._losses + loss
 
     def on_optimizer_step_begin(self, trainer: Trainer, **kwargs: Any) -> None:
         """Check the update that is about to be made."""
         losses, self._losses = self._losses, None
-        assert losses is not None, "an update follows at least one step"
-        gradients = [_local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+        if losses is None:  # added since the last step
+            return
+        groups = raw_optimizer(trainer.optimizer).param_groups
+        parameters = (parameter for group in groups for parameter in group["params"])
+        gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         found = self._find_non_finite([*(gradients if self._checks_gradients else ()), losses.clone()])
         if trainer.run_config.num_processes > 1:
             found = distributed.reduce_sum(trainer.accelerator, found).clamp_(max=1)
         if self._interval > 1:
             self._undo_on_the_device(trainer, found, gradients, losses)
         elif found.item():  # on the CPU this waits for nothing; elsewhere the user asked for every update
+            self._num_bad_in_a_row += 1
             self._act(trainer, _Moment.of(trainer), losses)
             trainer.skip_update()
+        else:
+            self._num_bad_in_a_row = 0
 
     def on_train_update_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Read the flags if it is time."""
@@ -118,10 +139,9 @@ class TerminateOnNaNCallback(TrainerCallback):
             self._read(trainer)
 
     def on_train_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Let go of the optimizer and of the parameters."""
+        """Let go of the optimizer."""
         for name in ("found_inf", "grad_scale"):
             vars(raw_optimizer(trainer.optimizer)).pop(name, None)
-        self._parameters = []
 
     def _find_non_finite(self, tensors: list[Tensor]) -> Tensor:
         """Return 1.0 if an element of ``tensors`` is not finite, else 0.0, as a scalar tensor on the device."""
@@ -156,6 +176,7 @@ class TerminateOnNaNCallback(TrainerCallback):
             moment, loss = moments[int(self._first_bad.item())], self._first_bad_loss
             self._num_bad.zero_()
             self._first_bad.fill_(-1)
+            self._num_bad_in_a_row = self._num_bad_in_a_row + num_bad if num_bad == len(moments) else 0
             self._act(trainer, moment, loss, num_bad)
 
     def _act(self, trainer: Trainer, moment: _Moment, losses: Tensor, num_bad: int = 1) -> None:
@@ -171,12 +192,22 @@ class TerminateOnNaNCallback(TrainerCallback):
         message = f"numbers that are not finite: {what}; {moment}, {len(by_process)} process(es)."
         if num_bad > 1:
             message += f" {num_bad} updates since the last look were so; this is the first."
+        buffers = [name for name, buffer in trainer.get_model().named_buffers() if _is_bad(buffer)]
+        if buffers:
+            message += f" These buffers have taken the numbers in: {', '.join(buffers)}."
         if self.policy == "raise":
             raise NonFiniteError(
-                f"{message} The weights are finite: they were left as they were. Usual causes: a learning rate that "
-                "is too high, a division by zero or a logarithm of zero in the loss, NaN in the data. To go on "
-                "without such updates: TerminateOnNaNCallback(policy='skip')."
+                f"{message} The weights were left as they were. Usual causes: a learning rate that is too high, a "
+                "division by zero or a logarithm of zero in the loss, NaN in the data. To go on without such "
+                "updates: TerminateOnNaNCallback(policy='skip')."
             )
+        if self.policy == "skip" and distributed.any_process(trainer.accelerator, bool(buffers)):
+            raise NonFiniteError(
+                f"{message} Leaving out the update does not undo that, and evaluation would be of no use any more: "
+                "take such batches out of the data, or use layers without running statistics."
+            )
+        if self.policy == "skip" and self._num_bad_in_a_row >= _MAX_BAD_IN_A_ROW:
+            raise NonFiniteError(f"{message} So were {self._num_bad_in_a_row} updates in a row: there is no way on.")
         trainer.print(message)
         if self.policy == "stop":
             raise StopTrainingError(message)
@@ -190,8 +221,9 @@ def _local(gradient: Tensor) -> Tensor:
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient  # a DTensor of FSDP2 has to_local
 
 
-def _is_bad(gradient: Tensor | None) -> bool:
-    return gradient is not None and not bool(torch.isfinite(_local(gradient)).all())  # waits: the run is about to end
+def _is_bad(tensor: Tensor | None) -> bool:
+    # Waits for the device: something is wrong, and time is of no matter.
+    return tensor is not None and not bool(torch.isfinite(_local(tensor)).all())
 
 
 class EarlyStoppingCallback(TrainerCallback):
@@ -250,13 +282,14 @@ class EarlyStoppingCallback(TrainerCallback):
             raise ValueError(f"EarlyStoppingCallback watches {self.watch_metric!r}, but train() got no eval_dataset.")
 
     def on_train_epoch_begin(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Check that the metric has appeared in the first epoch. Raises ValueError if not."""
+        """Warn if the metric has not appeared in the first epoch: it may come later, or be misspelt."""
         is_first, self._is_first_epoch = self._is_first_epoch, False
         if is_first or self._num_values(trainer) or not trainer.accelerator.is_main_process:
             return
         names = sorted(trainer.run_history.get_metric_names())
-        raise ValueError(
-            f"EarlyStoppingCallback watches {self.watch_metric!r}, which the first epoch did not record: {names}."
+        warnings.warn(
+            f"EarlyStoppingCallback watches {self.watch_metric!r}, which the first epoch did not record, but {names}.",
+            stacklevel=2,
         )
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
