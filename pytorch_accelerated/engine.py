@@ -94,7 +94,8 @@ class Engine:
             module = self._unwrapped()
             self._take_forward()
             vars(module).pop("_is_accelerate_prepared", None)
-            self._accelerator._models.remove(model)  # it would keep the old wrapper alive
+            models = self._accelerator._models
+            models[:] = [other for other in models if other is not model and other is not module]
             self._model = self._accelerator.prepare_model(module)
             self._trainable = set(trainable)
             if self._num_users == 0:

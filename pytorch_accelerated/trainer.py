@@ -498,11 +498,11 @@ class Trainer:
 
     def get_default_train_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
         """Return the arguments of the training DataLoader that the user's are laid over."""
-        return {"batch_size": batch_size, "shuffle": True, "pin_memory": self.device.type == "cuda"}
+        return {"batch_size": int(batch_size), "shuffle": True, "pin_memory": self.device.type == "cuda"}
 
     def get_default_eval_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
         """Return the arguments of the evaluation and prediction DataLoaders that the user's are laid over."""
-        return {"batch_size": batch_size, "shuffle": False, "pin_memory": self.device.type == "cuda"}
+        return {"batch_size": int(batch_size), "shuffle": False, "pin_memory": self.device.type == "cuda"}
 
     def create_scheduler(self) -> Any:
         """Return the learning rate scheduler, or None; called when training begins, once ``self.run_config`` is there.

@@ -156,3 +156,73 @@ def test_every_event_has_a_method_and_each_is_documented() -> None:
     assert len(EVENTS) == len(set(EVENTS)) == 23
     for event in EVENTS:
         assert getattr(TrainerCallback, event).__doc__.startswith("Listen to")
+
+
+def test_a_callback_that_leaves_or_joins_while_an_event_is_called_disturbs_no_other() -> None:
+    heard: list[str] = []
+
+    class Once(TrainerCallback):
+        def on_train_epoch_begin(self, trainer: Any, **kwargs: Any) -> None:
+            heard.append("once")
+            trainer.callback_handler.remove_callback(self)
+
+    last = recorder(["on_train_epoch_begin"], "last", heard)
+    make_trainer([recorder(["on_train_epoch_begin"], "first", heard), Once(), last]).train(make_data(4), 2)
+    first, last_name = "first.on_train_epoch_begin", "last.on_train_epoch_begin"
+    assert heard == [first, "once", last_name, first, last_name]
+
+
+@pytest.mark.parametrize("run", ["train", "evaluate", "predict"])
+def test_a_failure_at_the_end_keeps_no_other_callback_from_hearing_of_it(run: str) -> None:
+    event = {"train": "on_train_run_end", "evaluate": "on_evaluation_run_end", "predict": "on_prediction_run_end"}[run]
+
+    def fail(trainer: Any, **kwargs: Any) -> None:
+        raise KeyError(len(heard))
+
+    heard: list[str] = []
+    callbacks = [LambdaCallback(**{event: fail}), LambdaCallback(**{event: fail}), recorder([event], None, heard)]
+    callbacks.append(recorder(["on_exception"], None, heard))
+    trainer = make_trainer(callbacks)
+    with pytest.raises(KeyError) as raised:
+        getattr(trainer, run)(make_data(4), *([1] if run == "train" else []))
+    assert heard == [event, "on_exception"]
+    [note] = [note for note in raised.value.__notes__ if "as well" in note]
+    assert note.endswith(f"fail failed as well, at {event}: KeyError: 0")
+
+
+def test_the_nearer_spelling_of_an_event_wins() -> None:
+    """A subclass of one of our callbacks, written for the published library, overrides what it means to."""
+    from pytorch_accelerated.callbacks import PrintProgressCallback
+
+    heard: list[str] = []
+
+    class Mine(PrintProgressCallback):
+        def on_training_run_start(self, trainer: Any, **kwargs: Any) -> None:
+            heard.append("mine")
+
+    make_trainer([Mine]).train(make_data(4), 1)
+    assert heard == ["mine"]
+
+
+def test_methods_without_kwargs_are_given_what_they_take() -> None:
+    got: list[Any] = []
+
+    class Strict(TrainerCallback):
+        def on_train_epoch_begin(self, trainer: Any) -> None:  # type: ignore[override]
+            got.append("begin")
+
+        def on_eval_epoch_end(self, trainer: Any) -> None:  # type: ignore[override]
+            got.append("eval")
+
+        def on_eval_step_end(self, trainer: Any, batch_output: Any, batch: Any) -> None:  # type: ignore[override]
+            got.append(sorted(batch_output))
+
+    make_trainer([Strict]).train(make_data(4), 1, make_data(4))
+    assert got == ["begin", ["batch_size", "loss", "model_outputs"], "eval"]
+
+
+def test_an_event_of_the_published_library_without_a_twin_is_refused_with_advice() -> None:
+    with pytest.raises(
+        ValueError, match="after each epoch's evaluation: use 'on_eval_epoch_end' or, where there is no"
+    ):
+        make_trainer([recorder(["on_training_run_epoch_end"])])

@@ -12,6 +12,7 @@ from torch import nn
 
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated.callbacks import (
+    EarlyStoppingCallback,
     LambdaCallback,
     LimitBatches,
     LimitBatchesCallback,
@@ -215,3 +216,39 @@ def test_modules_of_trainer_and_callbacks_are_moved() -> None:
         moved.clear()
         run()
         assert moved == ["loss cpu", "teacher cpu"]
+
+
+def test_of_several_limits_the_smallest_wins() -> None:
+    with LimitBatches(2):
+        trainer = make_trainer(LimitBatchesCallback(4), LimitBatchesCallback(3))
+    trainer.train(make_data(80), 1, make_data(80))
+    assert trainer.num_steps == 2
+
+
+def test_a_limit_that_came_too_late_is_refused() -> None:
+    trainer = make_trainer()
+    trainer.callback_handler.add_callback(LimitBatchesCallback(2))
+    with pytest.raises(
+        ValueError, match=r"LimitBatchesCallback\(2\) is not in force, the limit is None: pass it to Trai"
+    ):
+        trainer.train(make_data(8), 1)
+
+
+def test_limits_of_training_and_of_evaluation_runs_do_not_disturb_each_other() -> None:
+    steps, counter = count_steps()
+    trainer = make_trainer(LimitBatchesCallback(3), LimitEvalStepsCallback(1), counter)
+    for _ in range(2):
+        steps.clear()
+        trainer.evaluate(make_data(80))
+        assert steps == ["eval"] * 3
+        trainer.train(make_data(8), 1, make_data(80))
+
+
+def test_early_stopping_and_evaluation_within_epochs_go_together() -> None:
+    """The evaluation at the end of an epoch is not taken for a second one without progress."""
+    stopper = EarlyStoppingCallback(early_stopping_patience=1)
+    trainer = make_trainer(StepBasedEvaluationCallback(4), stopper)
+    trainer.train(make_data(64), 4, make_data(64))
+    values = trainer.run_history.get_metric_values("eval_loss_epoch")
+    assert values == sorted(values, reverse=True)  # it went on getting better
+    assert trainer.current_epoch == 4

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import (
     LambdaCallback,
+    LimitEvalStepsCallback,
     LogMetricsCallback,
     PrintProgressCallback,
     ProgressBarCallback,
@@ -204,3 +205,53 @@ def test_samples_are_counted_over_all_processes_and_the_loss_is_a_mean_of_the_pa
     )
     trainer.train(make_data(12), 1, per_device_batch_size=4)
     assert drawn == pytest.approx([sum(losses[: n + 1]) / (n + 1) for n in range(3)])
+
+
+def test_a_run_inside_a_run_leaves_the_outer_bar_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    def evaluate(trainer: Trainer, **kwargs: Any) -> None:
+        if trainer.num_updates == 2:
+            trainer.evaluate(make_data(4))
+            trainer.predict(make_data(4))
+
+    bars = ProgressBarCallback(seconds_between_lines=0)
+    make_trainer(bars, LambdaCallback(on_train_update_end=evaluate)).train(make_data(32), 1)
+    labels = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert labels == [
+        "epoch 1/1: step 1/4",
+        "epoch 1/1: step 2/4",
+        "eval: step 1/1",
+        "predict: step 1/1",
+        "epoch 1/1: step 3/4",
+        "epoch 1/1: step 4/4",
+    ]
+    assert bars._passes == bars._depths == []
+
+
+def test_a_limit_set_after_the_bar_began_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    callbacks = ProgressBarCallback(seconds_between_lines=0), LimitEvalStepsCallback(2, limit_intermediate_only=False)
+    make_trainer(*callbacks).train(make_data(8), 1, make_data(40))
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()][1:] == [
+        "eval: step 1/2",
+        "eval: step 2/2",
+    ]
+
+
+def test_consoles_that_are_terminals_without_being_files_are_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Console(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    console = Console()
+    monkeypatch.setattr(sys, "stderr", console)
+    make_trainer(ProgressBarCallback(seconds_between_draws=0)).train(make_data(8), 1)
+    assert "epoch 1/1: 100%" in console.getvalue()
+
+
+def test_what_later_callbacks_record_is_printed_before_the_next_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    late = LambdaCallback(
+        on_eval_epoch_end=lambda trainer, **_: trainer.run_history.update_metric("late", trainer.current_epoch)
+    )
+    announce = LambdaCallback(on_train_epoch_begin=lambda trainer, **_: trainer.print(f"epoch {trainer.current_epoch}"))
+    make_trainer(LogMetricsCallback, announce, late).train(make_data(8), 2, make_data(4))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and "loss" not in line]
+    assert lines == ["epoch 1", "late: 1", "epoch 2", "late: 2"]

@@ -322,3 +322,50 @@ def _stop_on_a_metric_of_one_process() -> tuple[int, Any]:
 
 def test_all_processes_stop_together_also_when_only_one_has_the_metric() -> None:
     assert run_processes(_stop_on_a_metric_of_one_process, 2) == [(3, {"best_value": 2.0, "num_worse": 1})] * 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What skipping cannot undo
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_skipped_losses_are_left_out_of_the_mean_of_the_epoch() -> None:
+    trainer, _ = train(TerminateOnNaNCallback("skip"), poisoned(bad=(1, 3)), "sgd")
+    x, y = make_data(24).tensors
+    kept = [number for number in range(24) if number // 4 not in (1, 3)]
+    reference, _ = train(TerminateOnNaNCallback(), TensorDataset(x[kept], y[kept]), "sgd")
+    name = "train_loss_epoch"
+    assert trainer.run_history.get_latest_metric(name) == reference.run_history.get_latest_metric(name)
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+@pytest.mark.parametrize("interval", [1, 100])
+def test_running_statistics_that_took_the_numbers_in_are_named(policy: Any, interval: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    guard = TerminateOnNaNCallback(policy, read_every_n_updates=interval)
+    trainer = Trainer(model, nn.CrossEntropyLoss(), OPTIMIZERS["sgd"], [guard])
+    with pytest.raises(
+        NonFiniteError, match=r"These buffers have taken the numbers in: 1.running_mean, 1.running_var\."
+    ):
+        trainer.train(poisoned(), 1, per_device_batch_size=4)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("interval", [1, 50])
+def test_skipping_does_not_go_on_for_ever(interval: int) -> None:
+    model = make_mlp()
+    torch.nn.init.constant_(model[0].weight, math.nan)
+    guard = TerminateOnNaNCallback("skip", read_every_n_updates=interval)
+    trainer = Trainer(model, nn.CrossEntropyLoss(), OPTIMIZERS["sgd"], [guard])
+    with pytest.raises(NonFiniteError, match=r"So were 1\d\d updates in a row: there is no way on"):
+        trainer.train(make_data(24), None, max_num_train_steps=1000)
+
+
+def test_a_guard_added_in_the_middle_of_a_run_guards() -> None:
+    def add(trainer: Trainer, **kwargs: Any) -> None:
+        if trainer.num_updates == 1:
+            trainer.callback_handler.add_callback(TerminateOnNaNCallback())
+
+    trainer = Trainer(make_mlp(), nn.CrossEntropyLoss(), OPTIMIZERS["sgd"], [LambdaCallback(on_train_update_end=add)])
+    with pytest.raises(NonFiniteError):
+        trainer.train(poisoned(), 1, per_device_batch_size=4, train_dataloader_kwargs={"shuffle": False})

@@ -24,6 +24,7 @@ from torch.utils.data import (
 )
 
 from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import LambdaCallback
 from pytorch_accelerated.data import create_dataloader, describe, mix, shard_dataloader
 from tests.support import PlainDataset, Stream, assert_equal_weights, make_data, make_mlp, run_processes, weights_of
 
@@ -440,3 +441,170 @@ def test_create_dataloader_gives_plain_torch_loaders() -> None:
         Augmented(5), None, {"batch_size": 2, "shuffle": True}, {"batch_sampler": [[0], [1, 2]]}
     )
     assert [len(batch) for batch in batches] == [1, 2]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loaders and samplers that have a will of their own
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class PlusHundred(DataLoader[Any]):
+    """A DataLoader that changes what it yields."""
+
+    def __iter__(self) -> Any:
+        for [number] in super().__iter__():
+            yield [number + 100]
+
+
+class Batches:
+    """Ready batches of 2, 3, 2, 3, 1 numbers; no DataLoader."""
+
+    def __iter__(self) -> Any:
+        numbers = torch.arange(11.0)
+        return iter([[part] for part in numbers.split([2, 3, 2, 3, 1])])
+
+
+class OwnGenerator:
+    """A sampler that draws from the operating system: other numbers on each process."""
+
+    def __iter__(self) -> Any:
+        return iter(np.random.default_rng().permutation(11).tolist())
+
+    def __len__(self) -> int:
+        return 11
+
+
+def numbers_in_training(kind: str) -> tuple[list[float], int]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    data = TensorDataset(torch.arange(11.0))
+    generator = torch.Generator()
+    generator.seed()  # from the operating system
+    loaders: dict[str, Any] = {
+        "own __iter__": lambda: PlusHundred(data, batch_size=2, shuffle=True),
+        "own __iter__, batch sampler": lambda: PlusHundred(
+            data, batch_sampler=[[0, 1, 2], [3], [4, 5, 6], [7, 8], [9, 10]]
+        ),
+        "own __iter__, stream": lambda: PlusHundred(Stream(data), batch_size=2),
+        "batches": Batches,
+        "generator": lambda: DataLoader(data, batch_size=2, shuffle=True, generator=generator),
+        "sampler": lambda: DataLoader(data, batch_size=2, sampler=OwnGenerator()),
+        "sampler, workers": lambda: DataLoader(data, batch_size=2, sampler=OwnGenerator(), num_workers=2),
+        "batch sampler": lambda: DataLoader(
+            data, batch_sampler=torch.utils.data.BatchSampler(OwnGenerator(), 2, False)
+        ),
+        "prepared": lambda: accelerator.prepare_data_loader(DataLoader(data, batch_size=2, shuffle=True)),
+    }
+
+    class Noting(Trainer):
+        def calculate_train_batch_loss(self, batch: Any) -> Any:
+            if self.has_samples:
+                seen.extend(batch[0].tolist())
+            return self.model(batch[0][:, None]).mean()
+
+    seen: list[float] = []
+    trainer = Noting(nn.Linear(1, 1), None, lambda p: torch.optim.SGD(p, lr=0.1), None, accelerator=accelerator)
+    trainer.train(loaders[kind](), 2)
+    return seen, trainer.num_samples
+
+
+KINDS = [
+    "own __iter__",
+    "own __iter__, batch sampler",
+    "own __iter__, stream",
+    "batches",
+    "generator",
+    "sampler",
+    "sampler, workers",
+    "batch sampler",
+    "prepared",
+]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_sample_is_seen_once_whatever_makes_the_batches(kind: str, num_processes: int) -> None:
+    results = run_processes(numbers_in_training, num_processes, kind)
+    seen = sorted(number for numbers, _ in results for number in numbers)
+    first = 100 if kind.startswith("own") else 0
+    assert seen == sorted([first + number for number in range(11)] * 2)
+    assert {num_samples for _, num_samples in results} == {22}
+
+
+class Numbered(IterableDataset[Any]):
+    """Divides itself between workers the way that torch's documentation shows."""
+
+    def __init__(self) -> None:
+        self.start, self.end = 0, 12
+
+    def __iter__(self) -> Any:
+        return iter(torch.arange(self.start, self.end).float()[:, None])
+
+
+def divide(worker_id: int) -> None:
+    info: Any = torch.utils.data.get_worker_info()
+    half = (info.dataset.end - info.dataset.start) // info.num_workers
+    info.dataset.start = worker_id * half
+    info.dataset.end = info.dataset.start + half
+
+
+class Opened(Dataset[Any]):
+    """Needs what its worker_init_fn puts on it."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        assert torch.utils.data.get_worker_info().dataset is self  # type: ignore[union-attr]
+        return torch.tensor([float(self.offset + index)])  # type: ignore[attr-defined]
+
+
+def open_it(worker_id: int) -> None:
+    torch.utils.data.get_worker_info().dataset.offset = 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("dataset", "worker_init_fn"), [(Numbered(), divide), (Opened(), open_it)])
+def test_worker_init_functions_find_the_users_dataset(dataset: Any, worker_init_fn: Any) -> None:
+    arguments = {"num_workers": 2, "worker_init_fn": worker_init_fn}
+    numbers = Trainer(nn.Identity(), callbacks=None).predict(
+        dataset, per_device_batch_size=3, dataloader_kwargs=arguments
+    )
+    assert sorted(numbers.flatten().tolist()) == list(range(12))
+
+
+def test_a_dataset_shared_with_evaluation_is_told_its_epoch_again() -> None:
+    class Told(PlainDataset):
+        epoch = -1
+
+        def set_epoch(self, epoch: int) -> None:
+            self.calls = [*getattr(self, "calls", []), epoch]
+            self.epoch = epoch
+
+        def __getitem__(self, index: int) -> Any:
+            epochs.append(self.epoch)
+            return super().__getitem__(index)
+
+    epochs: list[int] = []
+    data = Told(make_data(8))
+    at: list[Any] = []
+    callback = LambdaCallback(
+        on_train_step_begin=lambda trainer, **_: at.append((trainer.current_epoch, epochs[-1])),
+        on_train_update_end=lambda trainer, **_: trainer.run_evaluation(),
+    )
+    trainer = Trainer(make_mlp(), nn.CrossEntropyLoss(), lambda p: torch.optim.SGD(p, lr=0.1), [callback])
+    trainer.train(data, 2, data, per_device_batch_size=4)
+    assert at == [(1, 1), (1, 1), (2, 2), (2, 2)]
+    assert data.calls[:2] == [1, 0] and len(data.calls) < 12  # told when it changes, not for each batch
+
+
+def test_predict_refuses_loaders_that_shuffle() -> None:
+    trainer = Trainer(nn.Identity(), callbacks=None)
+    data = TensorDataset(torch.arange(8.0))
+    for arguments in ({"shuffle": True}, {"sampler": WeightedRandomSampler([1.0] * 8, 8)}):
+        with pytest.raises(
+            ValueError, match="predict returns outputs in the order of the dataset, but its DataLoader sh"
+        ):
+            trainer.predict(DataLoader(data, **arguments))
+    with pytest.raises(ValueError, match="its DataLoader shuffles"):
+        trainer.predict(data, dataloader_kwargs={"sampler": RandomSampler(data)})

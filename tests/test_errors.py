@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -221,6 +222,34 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "loss_func, return 'loss' from the model, or override calculate_train_batch_loss and "
         "calculate_eval_batch_loss.",
     ),
+    "reversed clipping": (
+        lambda: train(gradient_clip_norm=-1.0),
+        ValueError,
+        "gradient_clip_norm must be above 0, or None to leave the gradients as they are, got -1.0.",
+    ),
+    "clipping to nothing": (
+        lambda: train(gradient_clip_value=0),
+        ValueError,
+        "gradient_clip_value must be above 0, or None to leave the gradients as they are, got 0.",
+    ),
+    "nothing to evaluate": (lambda: make_trainer().evaluate(None), ValueError, "evaluate needs a dataset, got None."),
+    "no evaluation set in the dict": (
+        lambda: train(eval_dataset={}),
+        ValueError,
+        "a dict of evaluation sets must hold at least one, each under a string as its name, got {}.",
+    ),
+    "evaluation set without a name": (
+        lambda: make_trainer().evaluate({0: "set"}),
+        ValueError,
+        "a dict of evaluation sets must hold at least one, each under a string as its name, got {0: 'set'}.",
+    ),
+    "training inside training": (
+        lambda: train(
+            trainer_kwargs={"callbacks": [LambdaCallback(on_train_run_begin=lambda t, **_: t.train(make_data(4), 1))]}
+        ),
+        RuntimeError,
+        "train() was called inside a training run of the same trainer; make another Trainer.",
+    ),
     "metrics of a wrong type": (
         lambda: make_trainer(metrics="accuracy"),
         TypeError,
@@ -321,6 +350,8 @@ def test_a_dataset_smaller_than_the_number_of_processes_works() -> None:
         ("create_train_loader", "create_train_dataloader"),
         ("clip_grads", "clip_gradients"),
         ("training_run_epoch_end", "eval_epoch_end"),
+        ("_create_accelerator", "create_accelerator"),
+        ("_clip_gradients", "clip_gradients"),
         ("my_helper", None),
         ("train_epoch_summary", None),
         ("_train_epoch_begin", None),
@@ -610,3 +641,77 @@ def test_all_errors_of_the_library_have_one_ancestor() -> None:
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
     assert len(classes) == 6
     assert all(issubclass(error, TrainerError) for error in classes)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+    trainer = make_trainer()
+    trainer.train(make_data(8), np.int64(2), per_device_batch_size=np.int32(4))  # type: ignore[arg-type]
+    assert trainer.num_updates == 4
+
+
+@pytest.mark.parametrize("hook", ["training_run_start", "train_epoch_start", "train_epoch_end", "eval_epoch_end"])
+def test_errors_outside_of_the_steps_are_located_too(hook: str) -> None:
+    def fail(self: Trainer) -> None:
+        raise OwnError(1)
+
+    where = {"training_run_start": "", "train_epoch_start": ", at the beginning of the pass"}
+    with pytest.raises(OwnError) as raised:
+        make_trainer(type("Mine", (Trainer,), {hook: fail})).train(make_data(8), 1, make_data(8))
+    [note] = raised.value.__notes__
+    assert note.endswith(f"updates made{where.get(hook, ', at the end of the pass')}")
+
+
+def test_an_error_in_an_evaluation_inside_an_epoch_has_one_note() -> None:
+    class Failing(Trainer):
+        def calculate_eval_batch_loss(self, batch: Any) -> Any:
+            raise OwnError(1)
+
+    trainer = make_trainer(Failing, callbacks=[LambdaCallback(on_train_update_end=lambda t, **_: t.run_evaluation())])
+    with pytest.raises(OwnError) as raised:
+        trainer.train(make_data(8), 1, make_data(8))
+    [note] = raised.value.__notes__
+    assert note.startswith("pytorch_accelerated: while evaluating, ")
+
+
+def _fail_before_the_first_batch(rank: int) -> list[str]:
+    class Failing(Trainer):
+        def create_train_dataloader(self, batch_size: int, train_dl_kwargs: Any = None) -> Any:
+            if self.accelerator.process_index == rank and is_bad:
+                raise OwnError(rank)
+            return super().create_train_dataloader(batch_size, train_dl_kwargs)
+
+    is_bad, texts = True, []
+    trainer = make_trainer(Failing)
+    try:
+        trainer.train(make_data(8), 1)
+    except Exception as error:
+        texts.append(f"{type(error).__name__}: {error}")
+    return texts
+
+
+def test_a_failure_while_setting_up_is_told_to_the_other_process() -> None:
+    results = run_processes(_fail_before_the_first_batch, 2, 1)
+    assert results[1] == ["OwnError: code 1"]
+    assert results[0][0].startswith("ProcessFailedError: process 1 of 2 failed") and "OwnError: code 1" in results[0][0]
+
+
+def _fail_twice() -> list[str]:
+    from pytorch_accelerated.distributed import failing_together, peer_failure
+
+    trainer = make_trainer()
+    texts = []
+    # Both fail, both catch it and go on; then the connection breaks for a reason that nobody could leave word of.
+    for error in (ValueError("the first failure"), RuntimeError("Connection closed by peer")):
+        try:
+            with failing_together(trainer.accelerator):
+                raise error
+        except Exception as caught:
+            notes = getattr(caught, "__notes__", [])
+            texts.append(f"{type(caught).__name__}: {caught}; {len(notes)} note")
+    assert peer_failure(trainer.accelerator, ValueError()) is None
+    return texts
+
+
+def test_a_failure_that_was_dealt_with_is_not_taken_for_the_next_one() -> None:
+    expected = ["ValueError: the first failure; 0 note", "RuntimeError: Connection closed by peer; 1 note"]
+    assert run_processes(_fail_twice, 2) == [expected] * 2

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import TerminateOnNaNCallback
+from pytorch_accelerated.errors import BatchError
 from tests.support import (
     PlainDataset,
     Stream,
@@ -244,3 +246,113 @@ def test_what_the_hook_returned_is_not_changed() -> None:
     for output, copy, loss in kept:
         assert output.keys() == copy.keys() and all(output[name] is copy[name] for name in copy)
         assert output["loss"].item() == loss
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Odd counts and kinds of parameters
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+@pytest.mark.parametrize("unit", [0.1, 0.25, 3.0])
+def test_counts_may_be_weights_below_one(unit: float, as_tensor: bool) -> None:
+    """The unit in which items are counted cancels out."""
+
+    class Weighted(GradientKeeper):
+        def calculate_train_batch_loss(self, batch: Any) -> Any:
+            loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+            count = torch.tensor(unit * len(batch[0])) if as_tensor else unit * len(batch[0])
+            return {"loss": loss, "num_items_in_batch": count}
+
+    trainer = Weighted(make_mlp(), None, partial(torch.optim.SGD, lr=0.1), callbacks=None)
+    order = {"train_dataloader_kwargs": {"shuffle": False}}
+    trainer.train(make_data(10), 1, per_device_batch_size=4, gradient_accumulation_steps=3, **order)
+    [expected] = updates_by_hand(make_data(10), 10, weighs_tokens=False, clip_norm=None)
+    assert relative_error(trainer.gradients[0], expected) < 1e-6
+
+
+IGNORED = -100
+
+
+def train_with_empty_batches(counts_as: str) -> tuple[list[dict[str, Tensor]], float]:
+    """Train on 8 batches of 2, some without a label that is not ignored, whose mean is NaN."""
+
+    class Masked(GradientKeeper):
+        def calculate_train_batch_loss(self, batch: Any) -> Any:
+            loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1], ignore_index=IGNORED)
+            count = (batch[1] != IGNORED).sum()
+            return {"loss": loss, "num_items_in_batch": count if counts_as == "tensor" else int(count)}
+
+    x, y = make_data(16).tensors
+    y = y.clone()
+    y[[2, 3, 6, 7, 8, 9, 10, 11, 15]] = IGNORED
+    trainer = Masked(make_mlp(), None, partial(torch.optim.SGD, lr=0.1), [TerminateOnNaNCallback])
+    order = {"train_dataloader_kwargs": {"shuffle": False}}
+    steps = 4 // trainer.accelerator.num_processes
+    data = torch.utils.data.TensorDataset(x, y)
+    history = trainer.train(data, 1, per_device_batch_size=2, gradient_accumulation_steps=steps, **order)
+    return trainer.gradients, history.get_latest_metric("train_loss_epoch")
+
+
+@pytest.mark.parametrize("counts_as", ["tensor", "int"])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_batch_or_process_without_items_weighs_nothing(num_processes: int, counts_as: str) -> None:
+    model = make_mlp()
+    x, y = make_data(16).tensors
+    kept = torch.tensor([n not in (2, 3, 6, 7, 8, 9, 10, 11, 15) for n in range(16)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected, total = [], 0.0
+    for part in (slice(0, 8), slice(8, 16)):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x[part][kept[part]]), y[part][kept[part]])
+        loss.backward()
+        expected.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        total += loss.item() * int(kept[part].sum())
+        optimizer.step()
+    for gradients, reported in run_processes(train_with_empty_batches, num_processes, counts_as):
+        assert len(gradients) == 2
+        assert max(relative_error(found, wanted) for found, wanted in zip(gradients, expected, strict=True)) < 1e-6
+        assert reported == pytest.approx(total / int(kept.sum()), rel=1e-6)
+
+
+def test_counts_that_are_no_counts_are_refused() -> None:
+    for count in (-1, "3", torch.ones(1)):
+
+        class Odd(Trainer):
+            def calculate_train_batch_loss(self, batch: Any, count: Any = count) -> Any:
+                return {"loss": self.model(batch[0]).mean(), "num_items_in_batch": count}
+
+        with pytest.raises(
+            BatchError, match=r"returned num_items_in_batch .*; expected a number >= 0, or a scalar tens"
+        ):
+            Odd(make_mlp(), None, partial(torch.optim.SGD, lr=0.1), callbacks=None).train(make_data(4), 1)
+
+
+def test_the_correction_of_a_window_is_exact_for_mixed_kinds_of_parameters() -> None:
+    """A bf16 and a complex parameter come first; the float32 ones must not lose digits to them."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+            self.complex = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+            self.net = make_mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) * self.low * self.complex.real
+
+    class Counting(Trainer):
+        def calculate_train_batch_loss(self, batch: Any) -> Any:
+            loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+            return {"loss": loss, "num_items_in_batch": torch.tensor(len(batch[0]))}
+
+        def optimizer_step(self) -> None:
+            self.gradient = {name: p.grad.clone() for name, p in self.get_model().net.named_parameters()}
+
+    gradients = []
+    for batch_size, steps in ((10, 1), (3, 4)):
+        trainer = Counting(Mixed(), None, partial(torch.optim.SGD, lr=0.1), callbacks=None)
+        order = {"train_dataloader_kwargs": {"shuffle": False}}
+        trainer.train(make_data(10), 1, per_device_batch_size=batch_size, gradient_accumulation_steps=steps, **order)
+        gradients.append(trainer.gradient)
+    assert relative_error(gradients[1], gradients[0]) < 1e-6

@@ -97,7 +97,7 @@ def test_a_run_without_evaluation_knows_its_facts() -> None:
         "train_dataloader_len": 6,
         "eval_dataloader_len": None,
         "train_per_device_batch_size": 4,
-        "eval_per_device_batch_size": 4,
+        "eval_per_device_batch_size": None,
         "train_dl_kwargs": {"shuffle": False, "worker_init_fn": repr(print), "generator": generator},
         "eval_dl_kwargs": {},
         "gradient_accumulation_steps": 4,
@@ -112,7 +112,7 @@ def test_a_run_without_evaluation_knows_its_facts() -> None:
         "num_update_steps_per_epoch": 2,
         "num_updates": 3,
         "train_total_batch_size": 16,
-        "eval_total_batch_size": 4,
+        "eval_total_batch_size": None,
         "num_local_update_steps_per_epoch": 2,
     }
     assert kwargs == before

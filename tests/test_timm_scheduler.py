@@ -135,8 +135,8 @@ def test_evaluation_inside_an_epoch_only_brings_a_newer_metric() -> None:
     trainer = make_trainer(calls, StepBasedEvaluationCallback(2))
     data = make_data(12)
     history = trainer.train(data, 2, data, per_device_batch_size=4, create_scheduler_fn=noting_in(calls))
-    first, second, third, fourth, fifth = history.get_metric_values("eval_loss_epoch")
-    assert len({first, second, third, fourth}) == 4  # after updates 2, 3, 4 and 6, then once more for the epoch
+    first, second, third, fourth = history.get_metric_values("eval_loss_epoch")
+    assert len({first, second, third, fourth}) == 4  # after updates 2, 3, 4 and 6
     assert without_rates(calls) == [
         ("update", 1, None),
         ("update", 2, None),
@@ -148,9 +148,8 @@ def test_evaluation_inside_an_epoch_only_brings_a_newer_metric() -> None:
         ("eval", None, third),
         ("update", 5, third),
         ("update", 6, third),
+        ("epoch", 2, third),
         ("eval", None, fourth),
-        ("epoch", 2, fourth),
-        ("eval", None, fifth),
     ]
 
 

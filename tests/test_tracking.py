@@ -265,6 +265,29 @@ def test_no_items_have_no_mean() -> None:
     assert loss_sum.local_mean() == 3.0
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+def test_a_mean_over_nothing_weighs_nothing(loss: float, count: Any) -> None:
+    loss_sum = LossSum(CPU)
+    loss_sum.update(torch.tensor(loss), count)
+    assert loss_sum.local_mean() is None
+    loss_sum.update(torch.tensor(2.0), 3)
+    assert loss_sum.local_mean() == 2.0
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("counts", [(1, 3), (torch.tensor(1), torch.tensor(3))])
+def test_a_loss_that_is_not_finite_counts_unless_it_is_to_be_left_out(loss: float, counts: tuple[Any, Any]) -> None:
+    for skips in (False, True):
+        loss_sum = LossSum(CPU)
+        if skips:
+            loss_sum.skips_non_finite = True
+        for each, count in zip((2.0, loss, 6.0), (*counts, 3), strict=True):
+            loss_sum.update(torch.tensor(each), count)
+        mean = loss_sum.local_mean()
+        assert mean == (2 + 3 * 6) / 4 if skips else str(mean) == str(loss)
+
+
 def test_mean_over_processes_is_weighed_and_takes_one_reduction() -> None:
     here, there = LossSum(CPU), LossSum(CPU)
     here.update(torch.tensor(2.0), 1)
@@ -468,6 +491,23 @@ def test_an_epoch_begins_with_a_new_window(full_size: int) -> None:
     gradients = torch.tensor([[1.0], [4.0]], dtype=torch.float64)
     found = run_epoch(window, [2, 1], gradients, None)
     assert_close(found, expected_updates(torch.tensor([[2, 1]]), gradients[None], full_size), full_size)
+
+
+@pytest.mark.parametrize("counts", [[2, 6], [torch.tensor(2), torch.tensor(6)]])
+def test_gradients_of_several_types_are_corrected_each_in_its_own(counts: list[Any]) -> None:
+    parameters = [nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.bfloat16, torch.float64, torch.float32)]
+    window = AccumulationWindow(2, 1, never, CPU)
+    window.begin_epoch(2)
+    for count in counts:
+        window.begin_step(is_last=False)
+        window.weight(count, None)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    window.close(parameters)
+    for parameter in parameters:
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == parameter.dtype
+        assert parameter.grad.tolist() == [0.5, 0.5]  # two batches of 2 were expected, and there were 8 items
 
 
 @pytest.mark.parametrize("counts", [[0.5], [0.25, 0.125], [torch.tensor(0.5)]])

@@ -1,0 +1,278 @@
+"""What Accelerate is asked for: models and optimizers wrapped once, and left as they were found."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import LambdaCallback, TerminateOnNaNCallback
+from pytorch_accelerated.finetuning import ModelFreezer
+from tests.support import assert_equal_weights, make_data, make_mlp, relative_error, run_processes, weights_of
+
+SGD_01 = partial(SGD, lr=0.1)
+
+
+def make_trainer(
+    model: nn.Module | None = None, optimizer: Any = SGD_01, callbacks: Any = None, **kwargs: Any
+) -> Trainer:
+    model = make_mlp() if model is None else model
+    return Trainer(model, kwargs.pop("loss_func", nn.CrossEntropyLoss()), optimizer, callbacks, **kwargs)
+
+
+class WeightedLoss(nn.Module):
+    """A loss with a parameter of its own, which is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs * self.scale, targets)
+
+
+def train_with_loss_parameters(**kwargs: Any) -> dict[str, Tensor]:
+    model, loss_func = make_mlp(), WeightedLoss()
+    optimizer = SGD([*model.parameters(), *loss_func.parameters()], lr=0.5)
+    trainer = make_trainer(model, optimizer, [TerminateOnNaNCallback], loss_func=loss_func, seed=1)
+    trainer.train(make_data(10), 1, **kwargs)
+    return weights_of(trainer) | {"scale": loss_func.scale.detach().clone()}
+
+
+def test_parameters_of_the_loss_function_are_accumulated_and_clipped_like_the_models() -> None:
+    """Ten samples: windows of 4 + 4 + 2, one update that has to be corrected for its true total."""
+    whole = train_with_loss_parameters(per_device_batch_size=10, gradient_clip_norm=0.1)
+    split = train_with_loss_parameters(per_device_batch_size=4, gradient_accumulation_steps=3, gradient_clip_norm=0.1)
+    assert relative_error(split, whole) < 1e-6
+    assert not torch.equal(whole["scale"], torch.ones(3))
+
+
+def _train_with_loss_parameters_on_two() -> str:
+    try:
+        train_with_loss_parameters()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_parameters_that_processes_would_not_exchange_are_refused() -> None:
+    for message in run_processes(_train_with_loss_parameters_on_two, 2):
+        assert message.startswith("1 of the 5 parameters of the optimizer belong to another module than the model")
+        assert message.endswith("Make that module a part of the model.")
+
+
+def test_gradients_of_parameters_that_are_not_optimized_take_no_part_in_clipping() -> None:
+    norms: list[float] = []
+    note = LambdaCallback(on_train_update_end=lambda trainer, **_: norms.append(trainer.gradient_norm.item()))
+    model = make_mlp()
+    trainer = make_trainer(model, SGD(model[-1].parameters(), lr=0.0), [note])
+    arguments: dict[str, Any] = {"per_device_batch_size": 4, "gradient_clip_norm": 1e-3}
+    trainer.train(make_data(16), 2, train_dataloader_kwargs={"shuffle": False}, **arguments)
+    assert norms[:4] == norms[4:]  # nothing moved, so the second epoch is the first
+
+
+def test_clipping_by_value_does_not_hide_an_infinite_gradient() -> None:
+    class Infinite(Trainer):
+        def calculate_train_batch_loss(self, batch: Any) -> Any:
+            output = self.model(batch[0])
+            output.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+            return output.square().mean()
+
+    trainer = Infinite(make_mlp(), None, SGD_01, [TerminateOnNaNCallback])
+    with pytest.raises(ArithmeticError, match="a gradient is not finite"):
+        trainer.train(make_data(8), 1, gradient_clip_value=1.0)
+
+
+class Lookahead:
+    """An optimizer around another, as many are written; no torch Optimizer."""
+
+    def __init__(self, optimizer: SGD) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+        self.num_steps = 0
+
+    def step(self) -> None:
+        self.num_steps += 1
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+
+def test_an_optimizer_around_another_is_not_looked_through() -> None:
+    model = make_mlp()
+    lookahead = Lookahead(SGD(model.parameters(), lr=0.1))
+    make_trainer(model, lookahead).train(make_data(16), 1, per_device_batch_size=4)
+    assert lookahead.num_steps == 4
+
+
+def test_a_new_model_with_the_old_optimizer_is_refused() -> None:
+    trainer = make_trainer()
+    trainer.train(make_data(8), 1)
+    trainer.model = make_mlp(seed=1)
+    with pytest.raises(ValueError, match="parameters of the optimizer do not belong to the model"):
+        trainer.train(make_data(8), 1)
+    trainer.optimizer = SGD(trainer.model.parameters(), lr=0.1)
+    before = weights_of(trainer)
+    trainer.train(make_data(8), 1)
+    assert relative_error(weights_of(trainer), before) > 0
+
+
+def test_an_optimizer_may_be_an_instance_or_a_function() -> None:
+    model = make_mlp()
+    first = make_trainer(model, SGD(model.parameters(), lr=0.1), seed=1)
+    second = make_trainer(make_mlp(), SGD_01, seed=1)
+    for trainer in (first, second):
+        trainer.train(make_data(16), 1)
+    assert_equal_weights(weights_of(first), weights_of(second))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Several processes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _thaw(where: str) -> dict[str, Tensor]:
+    model = make_mlp()
+    freezer = ModelFreezer(model)
+    freezer.freeze()
+
+    def thaw(trainer: Trainer, **kwargs: Any) -> None:
+        if trainer.current_epoch == 2:
+            trainer.optimizer.add_param_group({"params": freezer.unfreeze(), "lr": 0.05})
+
+    callbacks = [LambdaCallback(on_train_epoch_begin=thaw)] if where == "in a run" else []
+    trainer = make_trainer(model, SGD(freezer.get_trainable_parameters(), lr=0.1), callbacks, seed=1)
+    num_processes = trainer.accelerator.num_processes
+    arguments: dict[str, Any] = {"per_device_batch_size": 8 // num_processes}
+    if where == "in a run":
+        trainer.train(make_data(24), 3, **arguments)
+    else:
+        trainer.train(make_data(24), 1, **arguments)
+        trainer.optimizer.add_param_group({"params": freezer.unfreeze(), "lr": 0.05})
+        trainer.train(make_data(24), 2, reset_run_history=False, **arguments)
+    return weights_of(trainer)
+
+
+@pytest.mark.parametrize("where", ["in a run", "between runs"])
+def test_unfrozen_layers_are_trained_alike_on_all_processes(where: str) -> None:
+    [alone] = run_processes(_thaw, 1, where)
+    first, second = run_processes(_thaw, 2, where)
+    assert_equal_weights(first, second)
+    assert relative_error(first, alone) < 1e-6
+    assert not torch.equal(first["0.weight"], make_mlp()[0].weight)
+
+
+def _use_a_frozen_model() -> tuple[float, Tensor, float]:
+    trainer = make_trainer(make_mlp().requires_grad_(False))
+    loss = trainer.evaluate(make_data(5))["evaluation_loss"]
+    outputs = trainer.predict(make_data(5))
+    trainer.get_model().requires_grad_(True)
+    trainer.train(make_data(8), 1, per_device_batch_size=4)
+    return loss, outputs, float(trainer.get_model()[0].weight.detach().sum())
+
+
+def test_a_frozen_model_evaluates_and_predicts_and_may_be_trained_later() -> None:
+    [alone] = run_processes(_use_a_frozen_model, 1)
+    first, second = run_processes(_use_a_frozen_model, 2)
+    assert first[0] == second[0] == pytest.approx(alone[0], rel=1e-6)
+    assert torch.equal(first[1], second[1]) and torch.allclose(first[1], alone[1])
+    assert first[2] == second[2]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Mixed precision and what is left behind. In processes of their own: precision is a property of the process.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _train_in_bf16() -> dict[str, Any]:
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    model, dtypes = make_mlp(), []
+    hook = model[0].register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    own_keys = set(vars(model))
+    trainers = [make_trainer(model, SGD_01, seed=1) for _ in range(2)]
+    for trainer in trainers:
+        trainer.train(make_data(8), 1, make_data(4))
+    trainers[0].predict(make_data(4))
+    hook.remove()
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(trainers[0].get_model())))
+    return {
+        "precision": trainers[1].run_config.mixed_precision,
+        "dtypes": set(dtypes),
+        "left on the model": set(vars(model)) - own_keys,
+        "output": model(torch.ones(1, 4)).dtype,
+        "outputs": trainers[0].predict(make_data(4)).dtype,
+        "copy": copied(torch.ones(1, 4)).dtype,
+    }
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_bf16_is_used_by_every_trainer_and_the_model_is_left_as_it_was(num_processes: int) -> None:
+    for result in run_processes(_train_in_bf16, num_processes):
+        assert result == {
+            "precision": "bf16",
+            "dtypes": {torch.bfloat16},
+            "left on the model": set(),
+            "output": torch.float32,
+            "outputs": torch.float32,
+            "copy": torch.float32,
+        }
+
+
+def _fail_in_bf16() -> set[str]:
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    model = make_mlp()
+    own_keys = set(vars(model))
+    trainer = make_trainer(model)
+    for create_scheduler_fn in (lambda optimizer: 1 / 0, None):
+        callback = LambdaCallback(on_train_step_end=lambda trainer, **_: 1 / 0)
+        trainer.callback_handler.add_callback(callback)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train(make_data(8), 1, create_scheduler_fn=create_scheduler_fn)
+    return set(vars(model)) - own_keys
+
+
+def test_also_a_failed_run_leaves_the_model_as_it_was() -> None:
+    assert run_processes(_fail_in_bf16, 1) == [set()]
+
+
+def test_a_ready_accelerator_is_used_and_its_settings_are_honoured_and_put_back() -> None:
+    accelerator = Accelerator(gradient_accumulation_steps=3)
+    trainer = make_trainer(accelerator=accelerator)
+    trainer.train(make_data(24), 1, per_device_batch_size=4)
+    assert trainer.accelerator is accelerator
+    assert trainer.run_config.gradient_accumulation_steps == 3
+    assert (trainer.num_steps, trainer.num_updates) == (6, 2)
+    assert accelerator.gradient_accumulation_steps == 3
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps is 2 in train\(\) and 3 in Accelerate's config"):
+        trainer.train(make_data(24), 1, gradient_accumulation_steps=2)
+
+
+def test_models_prepared_by_the_user_are_not_prepared_again() -> None:
+    accelerator = Accelerator()
+    model = make_mlp()
+    prepared, optimizer = accelerator.prepare(model, SGD(model.parameters(), lr=0.1))
+    trainer = make_trainer(prepared, optimizer, accelerator=accelerator)
+    trainer.train(make_data(8), 2)
+    trainer.evaluate(make_data(8))
+    assert trainer.model is prepared and trainer.optimizer is optimizer
+    assert len(accelerator._models) == len(accelerator._optimizers) == 1
+
+
+def test_split_batches_is_refused() -> None:
+    from accelerate.utils import DataLoaderConfiguration
+
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    with pytest.raises(
+        ValueError, match="split_batches=True, but per_device_batch_size counts the samples of one proc"
+    ):
+        make_trainer(accelerator=accelerator).train(make_data(8), 1)
