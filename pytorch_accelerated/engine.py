@@ -79,24 +79,25 @@ class Engine:
         self.stepped_optimizer = raw_optimizer(optimizer) if self.is_plain else optimizer
         if self._num_users == 0:
             self._take_forward()
-        return self.include_thawed(), optimizer
+        return self.follow_freezing(), optimizer
 
-    def include_thawed(self) -> nn.Module:
-        """Return the model, wrapped anew if parameters have been unfrozen that its wrapper knows nothing of.
+    def follow_freezing(self) -> nn.Module:
+        """Return the model, wrapped anew if others of its parameters are trainable than when it was wrapped.
 
-        DistributedDataParallel exchanges the gradients of those parameters that were trainable when it was made.
+        DistributedDataParallel exchanges the gradients of those that were trainable when it was made, and waits for
+        them.
         """
         model: Any = self._model
         trainable = (
             {id(parameter) for parameter in model.parameters() if parameter.requires_grad} if self._is_ddp else ()
         )
-        if self._is_ddp and not self._trainable.issuperset(trainable):
+        if self._is_ddp and self._trainable != trainable:
             module = self._unwrapped()
             self._take_forward()
             vars(module).pop("_is_accelerate_prepared", None)
             models = self._accelerator._models
             models[:] = [other for other in models if other is not model and other is not module]
-            self._model = self._accelerator.prepare_model(module)
+            self._model = self._accelerator.prepare_model(module, evaluation_mode=not trainable)
             self._trainable = set(trainable)
             if self._num_users == 0:
                 self._take_forward()

@@ -232,7 +232,9 @@ class DataPass:
         """Return the loss of the batch just accounted for, weighed for its window; ``loss`` stays as it is."""
         assert self._window is not None, "only the losses of a training pass are weighed"
         weight = self._window.weight(self._num_items, self._total_items)
-        if not isinstance(weight, Tensor) and weight == 1:
+        if isinstance(weight, Tensor):
+            weight = weight.to(loss.dtype)
+        elif weight == 1:
             return loss
         return without_empty(loss, self._num_items) * weight
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -134,38 +135,64 @@ def check_train_arguments(
         if not (count is None and may_be_none) and not (is_whole and count >= 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
     for name, limit in {"gradient_clip_value": gradient_clip_value, "gradient_clip_norm": gradient_clip_norm}.items():
-        if limit is not None and not limit > 0:
+        if limit is not None and not (isinstance(limit, Real) and float(limit) > 0):
             raise ValueError(f"{name} must be above 0, or None to leave the gradients as they are, got {limit!r}.")
     if num_epochs is None and max_num_train_steps is None:
         raise ValueError("training would have no end: give num_epochs, max_num_train_steps (in updates), or both.")
     if create_scheduler_fn is not None and not callable(create_scheduler_fn):
+        example = type(create_scheduler_fn).__name__ if hasattr(create_scheduler_fn, "step") else "StepLR"
         raise TypeError(
             "create_scheduler_fn must be a function that takes the optimizer and returns a scheduler, got "
-            f"{create_scheduler_fn!r}. Pass for example partial({type(create_scheduler_fn).__name__}, ...) instead of "
-            "the scheduler."
+            f"{create_scheduler_fn!r}. Pass for example partial({example}, ...) instead."
         )
+
+
+def _round(number: float) -> int:
+    return math.ceil(round(number, 6) - 0.5)
 
 
 class Placeholder:
     """Stand for a number that is known only when the run begins; arithmetic on it gives another placeholder."""
 
-    def __init__(self, resolve: Callable[[TrainerRunConfig], Any], description: str) -> None:
-        """Store how to find the number (``resolve``) and how to call it in messages (``description``)."""
-        self.resolve = resolve
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...], description: str) -> None:
+        """Store how to find the number.
+
+        Args:
+            function: called with the arguments once these are numbers.
+            arguments: placeholders, numbers, or for a fact of the run the name of its field in ``TrainerRunConfig``.
+            description: what to call the number in messages.
+        """
+        self._function = function
+        self._arguments = arguments
         self._description = description
 
     def __repr__(self) -> str:
         return self._description
 
-    def _combine(self, function: Callable[[Any, Any], Any], sign: str, left: Any, right: Any) -> Placeholder:
-        def resolve(run_config: TrainerRunConfig) -> Any:
-            return function(resolve_placeholders(left, run_config), resolve_placeholders(right, run_config))
+    @classmethod
+    def of_field(cls, name: str) -> Placeholder:
+        """Return a placeholder for a field or property of ``TrainerRunConfig``."""
+        return cls(getattr, (name,), f"TrainerPlaceholderValues({name})")
 
-        return Placeholder(resolve, f"({left!r} {sign} {right!r})")
+    def resolve(self, run_config: TrainerRunConfig) -> Any:
+        """Return the number for this run. Raises ValueError if the run does not have it."""
+        if self._function is not getattr:
+            return self._function(*(resolve_placeholders(argument, run_config) for argument in self._arguments))
+        value = getattr(run_config, *self._arguments)
+        if value is None:
+            raise ValueError(
+                f"TrainerPlaceholderValues needs run_config.{self._arguments[0]}, which this run does not have: that "
+                "takes data with a length, or a limit of the run (num_epochs, max_num_train_steps), or an evaluation "
+                "set. Write the number into the scheduler factory instead."
+            )
+        return value
+
+    def _combine(self, function: Callable[[Any, Any], Any], sign: str, left: Any, right: Any) -> Placeholder:
+        return Placeholder(function, (left, right), f"({left!r} {sign} {right!r})")
 
     def rounded(self) -> Placeholder:
-        """Return a placeholder for the nearest whole number."""
-        return Placeholder(lambda run_config: round(self.resolve(run_config)), f"round({self!r})")
+        """Return a placeholder for the nearest whole number; of two the lower, so that halves fit into a whole."""
+        return Placeholder(_round, (self,), f"round({self!r})")
 
     def __add__(self, other: Any) -> Placeholder:
         return self._combine(operator.add, "+", self, other)
@@ -198,20 +225,6 @@ class Placeholder:
         return self._combine(operator.floordiv, "//", other, self)
 
 
-def _fact(field: str) -> Placeholder:
-    def resolve(run_config: TrainerRunConfig) -> Any:
-        value = getattr(run_config, field)
-        if value is None:
-            raise ValueError(
-                f"TrainerPlaceholderValues needs run_config.{field}, which this run does not have. Give the training "
-                "data a length or the run a limit (max_num_train_steps), or write the number into the scheduler "
-                "factory."
-            )
-        return value
-
-    return Placeholder(resolve, f"TrainerPlaceholderValues({field})")
-
-
 class TrainerPlaceholderValues:
     """Name the facts of a run that a scheduler factory may need before they are known.
 
@@ -220,12 +233,12 @@ class TrainerPlaceholderValues:
     process, which are the updates of the run.
     """
 
-    NUM_EPOCHS = _fact("num_epochs")
-    NUM_UPDATES = _fact("num_updates")
-    NUM_UPDATE_STEPS_PER_EPOCH = _fact("num_update_steps_per_epoch")
-    PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH = _fact("num_local_update_steps_per_epoch")
-    TRAIN_DATALOADER_LEN = _fact("train_dataloader_len")
-    EVAL_DATALOADER_LEN = _fact("eval_dataloader_len")
+    NUM_EPOCHS = Placeholder.of_field("num_epochs")
+    NUM_UPDATES = Placeholder.of_field("num_updates")
+    NUM_UPDATE_STEPS_PER_EPOCH = Placeholder.of_field("num_update_steps_per_epoch")
+    PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH = Placeholder.of_field("num_local_update_steps_per_epoch")
+    TRAIN_DATALOADER_LEN = Placeholder.of_field("train_dataloader_len")
+    EVAL_DATALOADER_LEN = Placeholder.of_field("eval_dataloader_len")
 
 
 def resolve_placeholders(value: Any, run_config: TrainerRunConfig) -> Any:
@@ -244,8 +257,14 @@ def resolve_placeholders(value: Any, run_config: TrainerRunConfig) -> Any:
     if isinstance(value, partial):
         args = [resolve_placeholders(item, run_config) for item in value.args]
         return partial(value.func, *args, **resolve_placeholders(value.keywords, run_config))
+    items: list[Any] | None = None
     if type(value) is dict:
-        return {key: resolve_placeholders(item, run_config) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(resolve_placeholders(item, run_config) for item in value)
-    return value
+        items = list(value.values())
+    elif type(value) in (list, tuple):
+        items = list(value)
+    if items is None:
+        return value
+    resolved = [resolve_placeholders(item, run_config) for item in items]
+    if all(new is old for new, old in zip(resolved, items, strict=True)):
+        return value  # it may be someone's to share
+    return dict(zip(value, resolved, strict=True)) if type(value) is dict else type(value)(resolved)

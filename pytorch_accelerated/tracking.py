@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterable
@@ -55,11 +56,16 @@ class RunHistory:
         Args:
             metric_name: any name; the trainer's own begin with ``train_``, ``eval_`` or ``evaluation_``.
             metric_value: a number, or nested lists of numbers. A tensor is converted, which waits for its device.
+
+        Raises:
+            ValueError: if the name is a counter's, which each metric comes with.
         """
-        if isinstance(metric_value, Tensor):
+        if metric_name in RunCounters.__dataclass_fields__:
+            raise ValueError(f"{metric_name!r} is a counter, recorded with every metric; give the metric another name.")
+        if hasattr(metric_value, "tolist"):  # a tensor, or a number or an array of numpy
             metric_value = metric_value.tolist()  # waits for the device: recording is a log point
-        elif hasattr(metric_value, "tolist"):
-            metric_value = metric_value.tolist()  # numpy scalars and arrays
+        elif isinstance(metric_value, list):
+            metric_value = copy.deepcopy(metric_value)  # the caller may go on filling it
         self._values.setdefault(metric_name, []).append(metric_value)
         self._counters.setdefault(metric_name, []).append(dataclasses.asdict(self.counters))
 
@@ -120,7 +126,7 @@ class RunHistory:
         for name, values in self._values.items():
             seen: dict[tuple[int, ...], int] = {}
             for value, counters in zip(values, self._counters[name], strict=True):
-                moment = tuple(counters.values())
+                moment = tuple(counters[field.name] for field in dataclasses.fields(RunCounters))
                 repeat = seen[moment] = seen.get(moment, -1) + 1
                 rows.setdefault((moment, repeat), dict(counters))[name] = value
         columns = [field.name for field in dataclasses.fields(RunCounters)] + list(self._values)
@@ -131,7 +137,7 @@ class RunHistory:
         return {
             "counters": dataclasses.asdict(self.counters),
             "metrics": {
-                name: [[value, counters] for value, counters in zip(values, self._counters[name], strict=True)]
+                name: [[value, dict(counters)] for value, counters in zip(values, self._counters[name], strict=True)]
                 for name, values in self._values.items()
             },
         }
@@ -265,11 +271,13 @@ class AccumulationWindow:
             total_items: the same over all processes; None if that is not known, which costs one reduction for the first
                 micro-batch of a window and, in windows of several, one more at the end.
         """
+        if isinstance(num_items, Tensor):
+            num_items = _accumulator(num_items.device) + num_items  # a quotient of integers would be float32
         if self._size == 1:
             first = self._over_processes(num_items) if total_items is None else total_items
             self._reference = self._planned_size * _one_if_zero(first)
             self._total = first
-            self._not_reduced = 0 if total_items is None else None
+            self._not_reduced = 0 if total_items is None else None  # the first has been reduced already
         elif total_items is None:
             self._not_reduced = (self._not_reduced or 0) + num_items
         else:

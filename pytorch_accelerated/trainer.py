@@ -274,7 +274,7 @@ class Trainer:
                     self._event("on_train_run_begin")
                     while not self._is_finished():
                         self._run_train_epoch()
-                        self.run_evaluation()
+                        self.run_evaluation(is_intermediate=False)
                 except StopTrainingError as error:
                     self._event("on_stop_training_error", exception=error)
                 self.training_run_end()
@@ -383,7 +383,7 @@ class Trainer:
         accumulation_steps = self.run_config.gradient_accumulation_steps
         self.train_epoch_start()
         self._event("on_train_epoch_begin")
-        self.model = self._engine.include_thawed()
+        self.model = self._engine.follow_freezing()
         with contextlib.closing(data_pass.iterate(counters.current_epoch)) as batches:
             for step, batch in enumerate(batches):
                 is_update = window.begin_step(loader.is_last)
@@ -415,13 +415,13 @@ class Trainer:
         self.train_epoch_end()
         self._event("on_train_epoch_end")
 
-    def run_evaluation(self, is_intermediate: bool = False) -> None:
+    def run_evaluation(self, is_intermediate: bool = True) -> None:
         """Evaluate on the evaluation sets of the training run, and go on as if nothing had happened.
 
         The mode of each module, the random streams and the position in the training data are left as they were found.
 
         Args:
-            is_intermediate: passed to the callbacks; True for an evaluation that is not the one at the end of an epoch.
+            is_intermediate: passed to the callbacks; False for the evaluation at the end of an epoch.
         """
         for name, loader in self._eval_dataloaders.items():
             prefix = f"eval_{name}" if name else "eval"

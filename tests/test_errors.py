@@ -118,8 +118,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: train(create_scheduler_fn=scheduler_instance()),
         TypeError,
         "create_scheduler_fn must be a function that takes the optimizer and returns a scheduler, got "
-        "<torch.optim.lr_scheduler.StepLR object at *>. Pass for example partial(StepLR, ...) instead of the "
-        "scheduler.",
+        "<torch.optim.lr_scheduler.StepLR object at *>. Pass for example partial(StepLR, ...) instead.",
     ),
     "scheduler that needs a metric": (
         lambda: train(create_scheduler_fn=torch.optim.lr_scheduler.ReduceLROnPlateau),
@@ -166,8 +165,9 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             ),
         ),
         ValueError,
-        "TrainerPlaceholderValues needs run_config.num_updates, which this run does not have. Give the training data "
-        "a length or the run a limit (max_num_train_steps), or write the number into the scheduler factory.",
+        "TrainerPlaceholderValues needs run_config.num_updates, which this run does not have: that takes data with a "
+        "length, or a limit of the run (num_epochs, max_num_train_steps), or an evaluation set. Write the number into "
+        "the scheduler factory instead.",
     ),
     "unknown dataloader argument": (
         lambda: train(train_dataloader_kwargs={"num_worker": 2}),

@@ -308,15 +308,7 @@ def train_in_stages(freezes_later: bool, batch_size: int) -> dict[str, Tensor]:
     return weights_of(trainer)
 
 
-@pytest.mark.parametrize(
-    "freezes_later",
-    [
-        False,
-        pytest.param(
-            True, marks=pytest.mark.xfail(reason="DistributedDataParallel waits for gradients of what is frozen now")
-        ),
-    ],
-)
+@pytest.mark.parametrize("freezes_later", [False, True])
 def test_two_processes_do_what_one_does(freezes_later: bool) -> None:
     alone = train_in_stages(freezes_later, 4)
     first, second = run_processes(train_in_stages, 2, freezes_later, 2, timeout=60)

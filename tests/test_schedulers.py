@@ -349,7 +349,6 @@ def test_wsd_decays_for_its_share_rounded_up() -> None:
         assert WSDLrScheduler(make_optimizer(), num_updates, decay_phase_ratio=ratio).num_decay_updates == expected
 
 
-@pytest.mark.xfail(reason="100 * 0.55 is 55.00000000000001, which is rounded up to 56", raises=ValueError)
 def test_wsd_share_does_not_suffer_from_rounding() -> None:
     assert WSDLrScheduler(make_optimizer(), 100, 45, decay_phase_ratio=0.55).num_decay_updates == 55
 
@@ -437,7 +436,6 @@ def test_lengths_in_epochs_are_those_in_updates(
     assert rates == [*lrs_of(optimizer), *(step(optimizer, scheduler)[0] for _ in range(24))]
 
 
-@pytest.mark.xfail(reason="4 + 4 updates for two halves of an epoch of 7", raises=ValueError)
 def test_parts_of_an_epoch_fit_into_it() -> None:
     factory = CosineLrScheduler.create_scheduler_fn(num_warmup_epochs=0.5, num_cooldown_epochs=0.5)
     assert len(rates_of_run(14, 1, factory)) == 8

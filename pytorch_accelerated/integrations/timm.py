@@ -10,8 +10,8 @@ from pytorch_accelerated.trainer import Trainer
 class TrainerWithTimmScheduler(Trainer):
     """Train with a scheduler that has ``step_update(num_updates, metric)`` and ``step(epoch, metric)``, as timm's have.
 
-    ``step_update`` is called after each update with the updates of the run so far, ``step`` after each pass over the
-    training data with the number of epochs done, so that a scheduler in either unit, as its ``t_in_epochs`` says, is
+    ``step_update`` is called after each update with the updates of the run so far, ``step`` after each epoch and its
+    evaluation with the number of epochs done, so that a scheduler in either unit, as its ``t_in_epochs`` says, is
     where it should be when the next update or epoch begins. There need not be an evaluation set.
     """
 
@@ -25,10 +25,10 @@ class TrainerWithTimmScheduler(Trainer):
         if self.scheduler is not None:
             self.scheduler.step_update(num_updates=self.num_updates - self._first_update, metric=self._latest_metric())
 
-    def train_epoch_end(self) -> None:
-        """Tell the scheduler the number of epochs done."""
-        super().train_epoch_end()
-        if self.scheduler is not None:
+    def run_evaluation(self, is_intermediate: bool = True) -> None:
+        """Evaluate and, at the end of an epoch, tell the scheduler the number of epochs done."""
+        super().run_evaluation(is_intermediate)
+        if self.scheduler is not None and not is_intermediate:
             self.scheduler.step(self.current_epoch - self._first_epoch, metric=self._latest_metric())
 
     def _latest_metric(self) -> Any:

@@ -38,7 +38,8 @@ class UpdateLrScheduler(LRScheduler):
 
         Args:
             **kwargs: arguments of the class but the optimizer. ``num_updates`` defaults to those of the run; lengths
-                may be given in epochs, as ``num_warmup_epochs=2`` or ``0.5`` instead of ``num_warmup_updates``.
+                may be given in epochs, as ``num_warmup_epochs=2`` or ``0.5`` instead of ``num_warmup_updates``, and are
+                rounded to whole updates.
         """
         arguments: dict[str, Any] = {"num_updates": TrainerPlaceholderValues.NUM_UPDATES}
         for name, value in kwargs.items():

@@ -73,7 +73,8 @@ class WSDLrScheduler(UpdateLrScheduler):
                 f"decay_phase_ratio must be between 0 and 1 and decay_shape one of {get_args(DecayShape)}, got "
                 f"{decay_phase_ratio} and {decay_shape!r}."
             )
-        num_decay_updates = math.ceil(num_updates * decay_phase_ratio)
+        # Rounded first, because 100 * 0.55 is a little more than 55.
+        num_decay_updates = math.ceil(round(num_updates * decay_phase_ratio, 6))
         check_phases(num_updates, num_warmup_updates=num_warmup_updates, num_decay_updates=num_decay_updates)
         self.num_updates = num_updates
         self.num_warmup_updates = num_warmup_updates
