@@ -627,6 +627,21 @@ def is_shuffled(dataloader: Any) -> bool:
     return any(isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) for sampler in samplers)
 
 
+def name_datasets(dataset: Any) -> dict[str | None, Any]:
+    """Return a dict of datasets by name as it is, and a single one as that without a name.
+
+    Raises:
+        ValueError: if the dict is empty, or a name is no string.
+    """
+    if not isinstance(dataset, dict):
+        return {None: dataset}
+    if not dataset or not all(isinstance(name, str) and name for name in dataset):
+        raise ValueError(
+            f"a dict of evaluation sets must hold at least one, each under a string as its name, got {dataset!r}."
+        )
+    return dataset
+
+
 def total_length(loaders: Iterable[ShardedDataLoader]) -> int | None:
     """Return the steps of all loaders together; None if there is no loader, or one has no known length."""
     lengths = [loader.num_steps for loader in loaders]

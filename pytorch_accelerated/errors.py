@@ -77,6 +77,7 @@ _FORMER_HOOKS = {
     "_create_accelerator": "create_accelerator",
     "_clip_gradients": "clip_gradients",
     "_prepare_model_optimizer_and_dataloaders": "create_train_dataloader",
+    "_create_run_config": "training_run_start",
 }
 
 

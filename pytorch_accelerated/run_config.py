@@ -8,7 +8,10 @@ import operator
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,17 @@ class TrainerRunConfig:
     """Whether this is the one process of the run that writes."""
     is_local_main_process: bool = True
     """Whether this is the one process of its machine that writes."""
+
+    @classmethod
+    def of_run(cls, accelerator: Accelerator, **facts: Any) -> TrainerRunConfig:
+        """Return the given facts together with those that the Accelerator knows."""
+        return cls(
+            num_processes=accelerator.num_processes,
+            mixed_precision=accelerator.mixed_precision,
+            is_main_process=accelerator.is_main_process,
+            is_local_main_process=accelerator.is_local_main_process,
+            **facts,
+        )
 
     @property
     def is_distributed(self) -> bool:

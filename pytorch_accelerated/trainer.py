@@ -48,6 +48,7 @@ from pytorch_accelerated.callbacks.limits import limit_from_environment
 from pytorch_accelerated.engine import Engine, raw_optimizer
 from pytorch_accelerated.errors import StopTrainingError, refuse_near_misses
 from pytorch_accelerated.passes import BatchOutput, DataPass, as_metric, calculate_batch_loss, update_metrics
+from pytorch_accelerated.run_config import TrainerPlaceholderValues as TrainerPlaceholderValues  # its place in 0.1.x
 from pytorch_accelerated.run_config import TrainerRunConfig, check_train_arguments, resolve_placeholders
 from pytorch_accelerated.tracking import AccumulationWindow, RunHistory
 
@@ -305,7 +306,8 @@ class Trainer:
             kwargs = dict(dataloader_kwargs or {})
             self._prepare_model_and_optimizer()
             loaders = self._create_eval_dataloaders(per_device_batch_size, kwargs, self._choose_seed())
-            config = self._create_run_config(
+            config = TrainerRunConfig.of_run(
+                self.accelerator,
                 eval_per_device_batch_size=data.common_batch_size(loaders.values()),
                 eval_dl_kwargs=kwargs,
                 eval_dataloader_len=data.total_length(loaders.values()),
@@ -863,32 +865,13 @@ class Trainer:
     ) -> dict[str | None, data.ShardedDataLoader]:
         if self.eval_dataset is None:
             return {}
-        if self.eval_dataset == {} or (
-            isinstance(self.eval_dataset, dict)
-            and not all(isinstance(name, str) and name for name in self.eval_dataset)
-        ):
-            raise ValueError(
-                "a dict of evaluation sets must hold at least one, each under a string as its name, got "
-                f"{self.eval_dataset!r}."
-            )
-        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
         loaders: dict[str | None, data.ShardedDataLoader] = {}
-        for name, dataset in named.items():
+        for name, dataset in data.name_datasets(self.eval_dataset).items():
             with self._setting(eval_dataset=dataset):
                 dataloader = self.create_eval_dataloader(batch_size, kwargs)
             loaders[name] = data.shard_dataloader(dataloader, self.accelerator, data.mix(seed, "eval"))
             loaders[name].limit = self.limit_eval_batches
         return loaders
-
-    def _create_run_config(self, **facts: Any) -> TrainerRunConfig:
-        accelerator = self.accelerator
-        return TrainerRunConfig(
-            num_processes=accelerator.num_processes,
-            mixed_precision=accelerator.mixed_precision,
-            is_main_process=accelerator.is_main_process,
-            is_local_main_process=accelerator.is_local_main_process,
-            **facts,
-        )
 
     def _prepare_run(self, **facts: Any) -> None:
         """Make loaders, run configuration and scheduler of a training run, and prepare model and optimizer."""
@@ -902,7 +885,8 @@ class Trainer:
 
         facts["train_per_device_batch_size"] = loader.batch_size
         facts["eval_per_device_batch_size"] = data.common_batch_size(self._eval_dataloaders.values())
-        self.run_config = self._create_run_config(
+        self.run_config = TrainerRunConfig.of_run(
+            self.accelerator,
             train_dataloader_len=loader.num_steps,
             eval_dataloader_len=data.total_length(self._eval_dataloaders.values()),
             seed=seed,
