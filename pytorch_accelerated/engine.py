@@ -104,6 +104,17 @@ class Engine:
             return self._model
         return model  # type: ignore[no-any-return]
 
+    def refuse_freezing_within_epoch(self) -> None:
+        """Raise RuntimeError if other parameters are trainable than when the model was wrapped, where that matters."""
+        model = self._model
+        assert model is not None, "prepare has been called"
+        if self._is_ddp and self._trainable != {id(p) for p in model.parameters() if p.requires_grad}:
+            raise RuntimeError(
+                "parameters were frozen or unfrozen in the middle of an epoch: with several processes their gradients "
+                "have not been exchanged since, and the processes may hold different weights. Freeze and unfreeze "
+                "between epochs, as in train_epoch_start or on_train_epoch_begin."
+            )
+
     @property
     def parameters(self) -> list[Tensor]:
         """Return the parameters that the optimizer moves, those of the model in its order first."""

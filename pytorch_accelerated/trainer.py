@@ -409,6 +409,7 @@ class Trainer:
                         self._event("on_train_update_end")
                     if counters.num_updates == self._update_limit:
                         break
+        self._engine.refuse_freezing_within_epoch()
         if data_pass.step < 0:
             raise ValueError(
                 f"epoch {counters.current_epoch} gave no batch: the training data yields nothing (any more)."

@@ -172,6 +172,24 @@ def test_unfrozen_layers_are_trained_alike_on_all_processes(where: str) -> None:
     assert not torch.equal(first["0.weight"], make_mlp()[0].weight)
 
 
+def _thaw_within_an_epoch() -> str:
+    model = make_mlp()
+    freezer = ModelFreezer(model)
+    freezer.freeze()
+    thaw = LambdaCallback(on_train_update_end=lambda trainer, **_: freezer.unfreeze())
+    trainer = make_trainer(model, SGD(model.parameters(), lr=0.1), [thaw])
+    try:
+        trainer.train(make_data(24), 1, per_device_batch_size=4)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_unfreezing_within_an_epoch_does_not_go_unnoticed() -> None:
+    for message in run_processes(_thaw_within_an_epoch, 2):
+        assert message.startswith("parameters were frozen or unfrozen in the middle of an epoch")
+
+
 def _use_a_frozen_model() -> tuple[float, Tensor, float]:
     trainer = make_trainer(make_mlp().requires_grad_(False))
     loss = trainer.evaluate(make_data(5))["evaluation_loss"]
