@@ -57,7 +57,7 @@ class Engine:
             _check_parameters(optimizer, model, others, self._accelerator.num_processes)
         if is_new_model:
             self._forward = None
-        is_frozen = self._is_ddp and not any(parameter.requires_grad for parameter in model.parameters())
+        is_frozen = self._is_ddp and not _find_trainable(model)
         if is_new_model and is_new_optimizer and optimizer is not None and not is_frozen:
             model, optimizer = self._accelerator.prepare(model, optimizer)
         else:
@@ -67,7 +67,7 @@ class Engine:
             if is_new_optimizer and optimizer is not None:
                 optimizer = self._accelerator.prepare_optimizer(optimizer)
         if is_new_model:
-            self._trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+            self._trainable = _find_trainable(model)
         self._model, self._optimizer, self._sizes = model, optimizer, []
         # AcceleratedOptimizer's step and zero_grad take as long as the whole step of a small model, for look-ups alone.
         self.is_plain = (
@@ -87,33 +87,30 @@ class Engine:
         DistributedDataParallel exchanges the gradients of those that were trainable when it was made, and waits for
         them.
         """
-        model: Any = self._model
-        trainable = (
-            {id(parameter) for parameter in model.parameters() if parameter.requires_grad} if self._is_ddp else ()
-        )
-        if self._is_ddp and self._trainable != trainable:
-            module = self._unwrapped()
+        assert self._model is not None, "prepare has been called"
+        if self._has_other_trainable_parameters():
+            wrapper, module = self._model, self._unwrapped()
             self._take_forward()
             vars(module).pop("_is_accelerate_prepared", None)
             models = self._accelerator._models
-            models[:] = [other for other in models if other is not model and other is not module]
-            self._model = self._accelerator.prepare_model(module, evaluation_mode=not trainable)
-            self._trainable = set(trainable)
+            models[:] = [other for other in models if other is not wrapper and other is not module]
+            self._trainable = _find_trainable(module)
+            self._model = self._accelerator.prepare_model(module, evaluation_mode=not self._trainable)
             if self._num_users == 0:
                 self._take_forward()
-            return self._model
-        return model  # type: ignore[no-any-return]
+        return self._model
 
     def refuse_freezing_within_epoch(self) -> None:
         """Raise RuntimeError if other parameters are trainable than when the model was wrapped, where that matters."""
-        model = self._model
-        assert model is not None, "prepare has been called"
-        if self._is_ddp and self._trainable != {id(p) for p in model.parameters() if p.requires_grad}:
+        if self._has_other_trainable_parameters():
             raise RuntimeError(
                 "parameters were frozen or unfrozen in the middle of an epoch: with several processes their gradients "
                 "have not been exchanged since, and the processes may hold different weights. Freeze and unfreeze "
                 "between epochs, as in train_epoch_start or on_train_epoch_begin."
             )
+
+    def _has_other_trainable_parameters(self) -> bool:
+        return self._is_ddp and self._trainable != _find_trainable(self._model)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -206,6 +203,12 @@ class Engine:
 def raw_optimizer(optimizer: Any) -> Any:
     """Return the user's optimizer from inside Accelerate's wrapper."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def _find_trainable(model: nn.Module | None) -> set[int]:
+    return (
+        {id(parameter) for parameter in model.parameters() if parameter.requires_grad} if model is not None else set()
+    )
 
 
 def _check_parameters(optimizer: Any, model: nn.Module, others: Iterable[nn.Module], num_processes: int) -> None:

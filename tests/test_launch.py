@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -94,3 +95,49 @@ def test_processes_that_do_not_know_of_each_other_are_told_the_command_that_work
     assert "LaunchError: the launcher started WORLD_SIZE=2 processes, but Accelerate counts 1" in done.stderr
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+INTERRUPTED = """
+from functools import partial
+import torch
+from torch import nn
+from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import LambdaCallback
+from tests.support import make_data, make_mlp
+
+def say(text):
+    return lambda trainer, **kwargs: print(text, flush=True)
+
+def say_once(trainer, **kwargs):
+    if trainer.num_updates == 50:
+        print("on its way", flush=True)
+
+once = LambdaCallback(on_train_update_end=say_once)
+heard = LambdaCallback(on_exception=say("heard"), on_train_run_end=say("ended"))
+trainer = Trainer(make_mlp(), nn.CrossEntropyLoss(), partial(torch.optim.SGD, lr=0.1), [once, heard])
+try:
+    trainer.train(make_data(64), None, max_num_train_steps=10**9, train_dataloader_kwargs={"num_workers": 1})
+except KeyboardInterrupt:
+    print("caught", flush=True)
+trainer.callback_handler.clear_callbacks()
+trainer.train(make_data(64), 1)
+print("trained again", trainer.num_updates, flush=True)
+"""
+
+
+def test_ctrl_c_ends_a_run_and_leaves_a_trainer_that_can_be_used() -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        cwd=ROOT,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "on its way\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.splitlines() == ["heard", "ended", "caught", "trained again 8"]
