@@ -328,8 +328,15 @@ class _KeyedDataset:
             return _Fetched(batch, deal.num_samples, deal.round_samples, deal.is_last)
         # Here and not in the main process: workers that persist keep a copy of the dataset.
         _tell_epoch(self.dataset, deal.epoch)
-        with _seeded(deal.seed):
-            batch = self._collate_fn(self._samples(deal.indices))
+        try:
+            with _seeded(deal.seed):
+                batch = self._collate_fn(self._samples(deal.indices))
+        except Exception as error:
+            some, rest = list(deal.indices)[:16], len(deal.indices) - 16
+            error.add_note(
+                f"pytorch_accelerated: samples {some}{f' and {rest} more' if rest > 0 else ''} of the dataset"
+            )
+            raise
         return _Fetched(batch, deal.num_samples, deal.round_samples, deal.is_last)
 
     def _samples(self, indices: Any) -> Any:
@@ -681,6 +688,11 @@ def create_dataloader(
                 f"{name!r} is no argument of torch.utils.data.DataLoader.{hint} It takes: {', '.join(known)}."
             )
     is_stream = isinstance(dataset, IterableDataset)
+    if isinstance(dataset, tuple) and any(isinstance(part, Tensor | np.ndarray) for part in dataset):
+        raise TypeError(
+            f"expected a dataset, got a tuple of {len(dataset)} tensors or arrays: wrap them, as "
+            "torch.utils.data.TensorDataset(*tensors)."
+        )
     if isinstance(dataset, DataLoader) or not (is_stream or hasattr(dataset, "__getitem__")):
         if not hasattr(dataset, "__iter__"):
             raise TypeError(

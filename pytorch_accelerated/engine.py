@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -81,6 +82,35 @@ class Engine:
             self._take_forward()
         return self.follow_freezing(), optimizer
 
+    def check_what_moves(self, has_schedule: bool) -> None:
+        """Look for parameters that training would not move, though it seems to be meant to.
+
+        Raises:
+            ValueError: if that is so for all.
+        """
+        assert self._model is not None, "prepare has been called"
+        held = {id(parameter) for parameter in self.parameters if parameter.requires_grad}
+        if not held:
+            raise ValueError(
+                "none of the parameters of the optimizer is trainable: all have requires_grad=False. Unfreeze those "
+                "that are to be trained."
+            )
+        left_out = [name for name, p in self._model.named_parameters() if p.requires_grad and id(p) not in held]
+        if left_out:
+            warnings.warn(
+                f"{len(left_out)} trainable parameters of the model are in no group of the optimizer, so they will "
+                f"not move (first: {left_out[0]}). Freeze them with requires_grad_(False), or add them to the "
+                "optimizer.",
+                stacklevel=4,
+            )
+        rates = [float(group["lr"]) for group in raw_optimizer(self._optimizer).param_groups if "lr" in group]
+        if rates and not any(rates) and not has_schedule:
+            warnings.warn(
+                "all learning rates are 0, so the weights will not move. A schedule of an earlier run leaves its "
+                "last learning rate behind: set it in optimizer.param_groups, or pass create_scheduler_fn again.",
+                stacklevel=4,
+            )
+
     def follow_freezing(self) -> nn.Module:
         """Return the model, wrapped anew if others of its parameters are trainable than when it was wrapped.
 
@@ -104,9 +134,9 @@ class Engine:
         """Raise RuntimeError if other parameters are trainable than when the model was wrapped, where that matters."""
         if self._has_other_trainable_parameters():
             raise RuntimeError(
-                "parameters were frozen or unfrozen in the middle of an epoch: with several processes their gradients "
-                "have not been exchanged since, and the processes may hold different weights. Freeze and unfreeze "
-                "between epochs, as in train_epoch_start or on_train_epoch_begin."
+                "parameters were frozen or unfrozen in the middle of an epoch: with several processes their "
+                "gradients have not been exchanged since, and the processes may hold different weights. Freeze and "
+                "unfreeze between epochs, as in train_epoch_start or on_train_epoch_begin."
             )
 
     def _has_other_trainable_parameters(self) -> bool:

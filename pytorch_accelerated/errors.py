@@ -80,12 +80,26 @@ _FORMER_HOOKS = {
     "_create_run_config": "training_run_start",
 }
 
+# Of Lightning's and Hugging Face's trainers. Where our hook is overridden, it may well call a helper by such a name.
+_FOREIGN_HOOKS = {
+    "training_step": "calculate_train_batch_loss",
+    "validation_step": "calculate_eval_batch_loss",
+    "test_step": "calculate_eval_batch_loss",
+    "predict_step": "calculate_predictions",
+    "compute_loss": "calculate_train_batch_loss",
+    "train_dataloader": "create_train_dataloader",
+    "val_dataloader": "create_eval_dataloader",
+    "get_train_dataloader": "create_train_dataloader",
+    "get_eval_dataloader": "create_eval_dataloader",
+}
+
 
 def refuse_near_misses(owner: type, base: type, hooks: Iterable[str], events: Iterable[str]) -> None:
     """Refuse a subclass with a method that would never be called, because its name is almost a hook's or is an event's.
 
-    Almost a hook's is a name that differs by at most two typing errors, or by another word for the same thing (begin
-    for start, val for eval). Names that merely look alike are left alone, as are those that begin with an underscore.
+    Almost a hook's is a name that differs by at most two typing errors, by another word for the same thing (begin for
+    start, val for eval) or by a word that is missing, and a name by which another library calls its hook, where ours is
+    not overridden. Names that merely look alike are left alone, as are those that begin with an underscore.
 
     Raises:
         ValueError: if there is such a method.
@@ -100,6 +114,9 @@ def refuse_near_misses(owner: type, base: type, hooks: Iterable[str], events: It
                     f"instead: {', '.join(hooks)}."
                 )
             hook = _FORMER_HOOKS.get(name) or _find_near_miss(name, hooks)
+            foreign = _FOREIGN_HOOKS.get(name)
+            if foreign is not None and getattr(owner, foreign) is getattr(base, foreign):
+                hook = foreign
             if hook is not None:
                 raise ValueError(
                     f"{subclass.__name__}.{name} is no hook and would never be called. Did you mean {hook!r}? If it "
@@ -108,8 +125,11 @@ def refuse_near_misses(owner: type, base: type, hooks: Iterable[str], events: It
 
 
 def _find_near_miss(name: str, hooks: Iterable[str]) -> str | None:
+    words = _in_our_words(name)
     for hook in hooks:
-        if _in_our_words(name) == _in_our_words(hook) or _count_typing_errors(name, hook, limit=2) <= 2:
+        wanted = _in_our_words(hook)
+        lacks_a_word = len(words) > 1 and any(words == wanted[:i] + wanted[i + 1 :] for i in range(len(wanted)))
+        if words == wanted or lacks_a_word or _count_typing_errors(name, hook, limit=2) <= 2:
             return hook
     return None
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import find_batch_size, recursively_apply
 from torch import Tensor, nn
@@ -16,6 +19,8 @@ from pytorch_accelerated.tracking import AccumulationWindow, LossSum, Number, wi
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
+
+_DEFAULT_IGNORE_INDEX = -100  # torch's
 
 BatchOutput = dict[str, Any]
 """Holds ``loss`` and ``batch_size``, and whatever else a hook wants to pass on."""
@@ -36,30 +41,82 @@ def calculate_batch_loss(
         BatchError: if there is no telling inputs from targets, or there is neither a loss function nor a loss of the
             model.
     """
+    num_samples = data_pass.loader.num_samples if data_pass is not None else find_batch_size(batch)
     if loss_func is None:
-        if isinstance(batch, Mapping):
-            outputs = model(**batch)
-        else:
-            outputs = model(*batch) if isinstance(batch, list | tuple) else model(batch)
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        outputs = _call_with_whole_batch(model, batch)
+        loss = _get(outputs, "loss")
         if loss is None:
             raise BatchError(
                 f"the trainer has no loss_func, and the model's output has no loss of its own: {describe(outputs)}. "
                 "Pass loss_func, return 'loss' from the model, or override calculate_train_batch_loss and "
                 "calculate_eval_batch_loss."
             )
-    else:
-        inputs, targets = split_batch(batch)
-        if targets is None:
-            raise BatchError(
-                "the default hooks take a batch (inputs, targets), or a dict with 'labels', but got: "
-                f"{describe(batch)}. Override calculate_train_batch_loss and calculate_eval_batch_loss to say what "
-                "goes where."
+        if data_pass is not None and data_pass.step == 0 and _has_labels_for_parts(batch):
+            warnings.warn(
+                "the model makes its own loss of labels with several dimensions. If it is a mean over those that are "
+                "not ignored, batches must be weighed by their number: override calculate_train_batch_loss and "
+                "calculate_eval_batch_loss, and return it as 'num_items_in_batch'.",
+                stacklevel=2,
             )
-        outputs = model(**inputs) if isinstance(batch, Mapping) else model(inputs)
-        loss = loss_func(outputs, targets)
-    num_samples = data_pass.loader.num_samples if data_pass is not None else find_batch_size(batch)
-    return {"loss": loss, "model_outputs": outputs, "batch_size": num_samples}
+        return {"loss": loss, "model_outputs": outputs, "batch_size": num_samples}
+    inputs, targets = split_batch(batch)
+    if targets is None:
+        raise BatchError(
+            f"the default hooks take a batch (inputs, targets), or a dict with 'labels', but got: {describe(batch)}. "
+            "Override calculate_train_batch_loss and calculate_eval_batch_loss to say what goes where."
+        )
+    outputs = model(**inputs) if isinstance(batch, Mapping) else model(inputs)
+    output = {"loss": loss_func(outputs, targets), "model_outputs": outputs, "batch_size": num_samples}
+    num_items = _count_items(loss_func, targets)
+    return output if num_items is None else {**output, "num_items_in_batch": num_items}
+
+
+def _call_with_whole_batch(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    try:
+        return model(*batch) if isinstance(batch, list | tuple) else model(batch)
+    except TypeError as error:
+        error.add_note("pytorch_accelerated: the trainer has no loss_func, so the whole batch went to the model.")
+        raise
+
+
+def _get(outputs: Any, name: str) -> Any:
+    """Return an entry of a mapping or an attribute of an object, as models of Hugging Face return both; else None."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
+def _has_labels_for_parts(batch: Any) -> bool:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
+
+
+def _count_items(loss_func: Callable[..., Tensor], targets: Any) -> Tensor | None:
+    """Return what torch's mean cross entropy divides by where that is not the number of samples, else None.
+
+    It is the sum of the class weights of the targets that are not ignored: https://docs.pytorch.org/docs/stable/
+    generated/torch.nn.CrossEntropyLoss.html. Targets in one dimension are counted only if ``weight`` or
+    ``ignore_index`` was given, because counting costs a reduction over the processes.
+    """
+    if (
+        not isinstance(loss_func, nn.CrossEntropyLoss | nn.NLLLoss)
+        or loss_func.reduction != "mean"
+        or not isinstance(targets, Tensor)
+        or targets.is_floating_point()  # probabilities of classes, of which the mean is over samples
+        or (loss_func.weight is None and targets.ndim < 2 and loss_func.ignore_index == _DEFAULT_IGNORE_INDEX)
+    ):
+        return None
+    counts = targets != loss_func.ignore_index
+    if loss_func.weight is None:
+        return counts.sum()
+    return (loss_func.weight[torch.where(counts, targets, 0)] * counts).sum()
+
+
+def as_predictions(outputs: Any) -> Any:
+    """Return the outputs of a model that makes its own loss without that loss, which is none of any sample's."""
+    if is_dataclass(outputs) and not isinstance(outputs, Mapping | type):
+        outputs = dict(vars(outputs))
+    return {key: value for key, value in outputs.items() if key != "loss"} if isinstance(outputs, Mapping) else outputs
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
@@ -105,8 +162,8 @@ def update_metrics(metrics: Metric | MetricCollection, batch: Any, batch_output:
     predictions = batch_output.get("predictions")
     if predictions is None:
         predictions = batch_output.get("model_outputs")
-        if isinstance(predictions, Mapping):  # Hugging Face's outputs are mappings as well
-            predictions = predictions.get("logits")
+        if not isinstance(predictions, Tensor | list | tuple | None):
+            predictions = _get(predictions, "logits")
     targets = batch_output["targets"] if "targets" in batch_output else split_batch(batch)[1]
     if predictions is None or targets is None:
         raise BatchError(
@@ -170,10 +227,11 @@ class DataPass:
 
     def describe_position(self) -> str:
         """Return in words where the pass is, and the structure of the batch in use."""
+        of_all = f" of {self.num_steps}" if self.num_steps is not None else ""
         if self._batch is not _NO_BATCH:
-            return f"step {self.step} of the pass (counted from 0); batch: {describe(self._batch)}"
+            return f"batch {self.step + 1}{of_all}: {describe(self._batch)}"
         if self._is_iterating:
-            return f"fetching the batch of step {self.step + 1} of the pass (counted from 0)"
+            return f"fetching batch {self.step + 2}{of_all}"
         return f"at the {'beginning' if self.step < 0 else 'end'} of the pass"
 
     @property

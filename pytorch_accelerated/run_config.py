@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import warnings
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -118,6 +121,30 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
     return value if isinstance(value, str | float | bool | None) else repr(value)
+
+
+def check_trainer_arguments(model: Any, loss_func: Any, optimizer: Any, seed: Any) -> None:
+    """Refuse arguments of ``Trainer`` that cannot be what they are to be.
+
+    Raises:
+        TypeError: if one is of a wrong type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if loss_func is not None and (isinstance(loss_func, type) or not callable(loss_func)):
+        raise TypeError(f"loss_func must be a function, or an instance such as nn.MSELoss(), got {loss_func!r}.")
+    if optimizer is not None and not callable(optimizer) and not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"optimizer must be a torch Optimizer or a function that makes one, got {type(optimizer).__name__}."
+        )
+    if seed is not None and not isinstance(seed, Integral):
+        raise TypeError(f"seed must be a whole number or None, got {seed!r}.")
+    if getattr(loss_func, "reduction", None) == "sum":
+        warnings.warn(
+            "loss_func has reduction='sum', but losses are taken for means over the samples of a batch: the size of "
+            "an update will depend on the batch size. Use reduction='mean'.",
+            stacklevel=3,
+        )
 
 
 def check_train_arguments(

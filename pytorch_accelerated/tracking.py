@@ -45,6 +45,10 @@ class RunHistory:
         self._values: dict[str, list[Any]] = {}
         self._counters: dict[str, list[dict[str, int]]] = {}
 
+    def __repr__(self) -> str:
+        latest = ", ".join(f"{name}={values[-1]!r}" for name, values in self._values.items())
+        return f"RunHistory({self.counters}, latest: {latest or 'nothing'})"
+
     @property
     def current_epoch(self) -> int:
         """Return the number of the epoch in progress, from 1; 0 before the first."""

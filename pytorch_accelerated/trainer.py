@@ -47,9 +47,21 @@ from pytorch_accelerated.callbacks.base import ACCEPTED_SPELLINGS, EVENTS
 from pytorch_accelerated.callbacks.limits import limit_from_environment
 from pytorch_accelerated.engine import Engine, raw_optimizer
 from pytorch_accelerated.errors import StopTrainingError, refuse_near_misses
-from pytorch_accelerated.passes import BatchOutput, DataPass, as_metric, calculate_batch_loss, update_metrics
+from pytorch_accelerated.passes import (
+    BatchOutput,
+    DataPass,
+    as_metric,
+    as_predictions,
+    calculate_batch_loss,
+    update_metrics,
+)
 from pytorch_accelerated.run_config import TrainerPlaceholderValues as TrainerPlaceholderValues  # its place in 0.1.x
-from pytorch_accelerated.run_config import TrainerRunConfig, check_train_arguments, resolve_placeholders
+from pytorch_accelerated.run_config import (
+    TrainerRunConfig,
+    check_train_arguments,
+    check_trainer_arguments,
+    resolve_placeholders,
+)
 from pytorch_accelerated.tracking import AccumulationWindow, RunHistory
 
 if TYPE_CHECKING:
@@ -154,12 +166,7 @@ class Trainer:
                 is almost a hook's.
         """
         refuse_near_misses(type(self), Trainer, self.HOOKS, (*self.EVENTS, *ACCEPTED_SPELLINGS))
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-        if optimizer is not None and not callable(optimizer) and not hasattr(optimizer, "param_groups"):
-            raise TypeError(
-                f"optimizer must be a torch Optimizer or a function that makes one, got {type(optimizer).__name__}."
-            )
+        check_trainer_arguments(model, loss_func, optimizer, seed)
         self.model = model
         self.loss_func = loss_func
         self.optimizer = optimizer
@@ -651,15 +658,18 @@ class Trainer:
     def calculate_predictions(self, batch: Any) -> Any:
         """Return the model's outputs for a batch; called for each batch of ``predict``, without gradients.
 
-        The default calls the model with a tensor, the first element of a tuple or list, or the entries of a dict.
+        The default calls the model with a tensor, the first element of a tuple or list, or the entries of a dict. Of a
+        model that makes its own loss it returns the other entries of its output, as a dict.
 
         Returns:
             A tensor whose first dimension is the sample, or a nested tuple, list or dict of such.
         """
         if isinstance(batch, Mapping):
             labels = () if self.loss_func is None else ("labels",)
-            return self.model(**{key: value for key, value in batch.items() if key not in labels})
-        return self.model(batch[0] if isinstance(batch, list | tuple) else batch)
+            outputs = self.model(**{key: value for key, value in batch.items() if key not in labels})
+        else:
+            outputs = self.model(batch[0] if isinstance(batch, list | tuple) else batch)
+        return as_predictions(outputs) if self.loss_func is None else outputs
 
     def predict_epoch_end(self) -> None:
         """Act when the pass over the data to predict is over. The default does nothing."""
@@ -781,7 +791,7 @@ class Trainer:
         """Add a note to an exception of user code that says where in the run it happened, unless it has one."""
         prefix = "pytorch_accelerated: while "
         notes = getattr(error, "__notes__", ())
-        if not isinstance(error, Exception) or any(note.startswith(prefix) for note in notes):
+        if not isinstance(error, Exception | KeyboardInterrupt) or any(note.startswith(prefix) for note in notes):
             return
         accelerator, data_pass = self.accelerator, self.data_pass
         doing, where = ("running", "") if data_pass is None else (data_pass.kind, f", {data_pass.describe_position()}")
@@ -900,6 +910,7 @@ class Trainer:
                 "its step in eval_epoch_end: "
                 "self.plateau.step(self.run_history.get_latest_metric('eval_loss_epoch'))."
             )
+        self._engine.check_what_moves(has_schedule=self.scheduler is not None)
         self._window = AccumulationWindow(
             self.run_config.gradient_accumulation_steps,
             self.accelerator.num_processes,

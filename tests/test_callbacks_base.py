@@ -10,7 +10,12 @@ import torch
 from torch import nn
 
 from pytorch_accelerated import DEFAULT_CALLBACKS, Trainer
-from pytorch_accelerated.callbacks import CallbackHandler, LambdaCallback, TrainerCallback
+from pytorch_accelerated.callbacks import (
+    CallbackHandler,
+    LambdaCallback,
+    TerminateOnNaNCallback,
+    TrainerCallback,
+)
 from pytorch_accelerated.callbacks.base import ACCEPTED_SPELLINGS, EVENTS
 from tests.support import make_data, make_mlp
 
@@ -226,3 +231,17 @@ def test_an_event_of_the_published_library_without_a_twin_is_refused_with_advice
         ValueError, match="after each epoch's evaluation: use 'on_eval_epoch_end' or, where there is no"
     ):
         make_trainer([recorder(["on_training_run_epoch_end"])])
+
+
+def test_an_instance_takes_the_place_of_the_class_among_the_defaults() -> None:
+    mine = TerminateOnNaNCallback("skip")
+    trainer = make_trainer([*DEFAULT_CALLBACKS, mine, TerminateOnNaNCallback("stop")])
+    guards = [callback for callback in trainer.callback_handler if isinstance(callback, TerminateOnNaNCallback)]
+    assert [guard.policy for guard in guards] == ["skip", "stop"]  # instances are all kept, the class is left out
+    assert len(trainer.callback_handler.callbacks) == len(DEFAULT_CALLBACKS) + 1
+
+
+def test_an_unknown_event_is_named_where_it_is_called() -> None:
+    trainer = make_trainer(None)
+    with pytest.raises(KeyError, match=r"there is no event 'on_train_epoch_ends'\. Did you mean 'on_train_epoch_end'"):
+        trainer.callback_handler.call_event("on_train_epoch_ends", trainer)

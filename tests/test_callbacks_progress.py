@@ -58,7 +58,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     number, rate, left = r"\d+\.\d+", r"[\d,]+ samples/s", r"0:00:0\d left"
     expected = [rf"epoch 1/1: step {step}/3, loss {number}, lr 0.125, {rate}, {left}" for step in (1, 2, 3)]
-    expected.append(rf"eval: step 1/1, loss {number}, lr 0.125, {rate}, {left}")
+    expected.append(rf"eval: step 1/1, loss {number}, {rate}, {left}")
     assert len(lines) == len(expected)
     assert all(re.fullmatch(pattern, line) for pattern, line in zip(expected, lines, strict=True)), lines
     trainer.predict(make_data(4))
@@ -153,18 +153,20 @@ def test_new_metrics_are_logged_once_at_the_end_of_their_pass(capsys: pytest.Cap
     )
     trainer = make_trainer(record, LogMetricsCallback)
     trainer.train(make_data(8), 2, make_data(4))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert [line.split(":")[0] for line in lines] == [
-        "constraint_loss",
-        "train_loss_epoch",
-        "eval_loss_epoch",
-        "eval_matrix",
-    ] * 2
-    assert lines[0] == "constraint_loss: 0.5"
-    assert lines[3] == "eval_matrix: [[1, 2], [3, 4]]"
+    lines = capsys.readouterr().out.splitlines()
+    number = r"\d+\.\d+"
+    expected = [
+        line
+        for epoch in (1, 2)
+        for line in (
+            rf"epoch {epoch}: constraint_loss 0\.5, train_loss_epoch {number}",
+            rf"epoch {epoch}: eval_loss_epoch {number}, eval_matrix \[\[1, 2\], \[3, 4\]\]",
+        )
+    ]
+    assert all(re.fullmatch(pattern, line) for pattern, line in zip(expected, lines, strict=True)), lines
     trainer.evaluate(make_data(4))
-    names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line]
-    assert names == ["eval_matrix", "evaluation_loss"]
+    [line] = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"eval_matrix \[\[1, 2\], \[3, 4\]\], evaluation_loss {number}", line), line
 
 
 def test_metrics_can_be_sent_elsewhere() -> None:
@@ -254,4 +256,19 @@ def test_what_later_callbacks_record_is_printed_before_the_next_epoch(capsys: py
     announce = LambdaCallback(on_train_epoch_begin=lambda trainer, **_: trainer.print(f"epoch {trainer.current_epoch}"))
     make_trainer(LogMetricsCallback, announce, late).train(make_data(8), 2, make_data(4))
     lines = [line for line in capsys.readouterr().out.splitlines() if line and "loss" not in line]
-    assert lines == ["epoch 1", "late: 1", "epoch 2", "late: 2"]
+    assert lines == ["epoch 1", "epoch 1: late 1", "epoch 2", "epoch 2: late 2"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("enough"), KeyboardInterrupt()])
+def test_a_failed_run_is_not_announced_as_finished(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(trainer: Trainer, **kwargs: Any) -> None:
+        if trainer.num_updates == 2:
+            raise error
+
+    trainer = make_trainer(PrintProgressCallback, LambdaCallback(on_train_update_end=fail))
+    with pytest.raises(type(error)) as raised:
+        trainer.train(make_data(32), 1)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"Training run ended by {type(error).__name__} in epoch 1: 2 updates, 16 samples"
+    )
+    assert any("while training" in note for note in raised.value.__notes__)

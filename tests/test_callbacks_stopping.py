@@ -290,13 +290,15 @@ def test_a_metric_that_cannot_or_does_not_appear_is_an_error() -> None:
     trainer = Trainer(make_mlp(), nn.CrossEntropyLoss(), OPTIMIZERS["sgd"], [EarlyStoppingCallback()])
     with pytest.raises(ValueError, match=r"watches 'eval_loss_epoch', but train\(\) got no eval_dataset"):
         trainer.train(make_data(4), 3)
-    stopper = EarlyStoppingCallback(watch_metric="acuracy", greater_is_better=True)
-    trainer = Trainer(make_mlp(), nn.CrossEntropyLoss(), OPTIMIZERS["sgd"], [stopper])
-    with pytest.warns(
-        UserWarning, match=r"watches 'acuracy', which the first epoch did not record, but \['train_loss_e"
+    recorded = r"it recorded \['train_loss_epoch'\]"
+    for name, expectation in (
+        ("train_loss_epock", pytest.raises(ValueError, match=rf"{recorded}\. Did you mean 'train_loss_epoch'")),
+        ("accuracy", pytest.warns(UserWarning, match=rf"which the first epoch did not record; {recorded}")),
     ):
-        trainer.train(make_data(4), 3)
-    assert trainer.current_epoch == 3
+        stopper = EarlyStoppingCallback(watch_metric=name, greater_is_better=True)
+        trainer = Trainer(make_mlp(), nn.CrossEntropyLoss(), OPTIMIZERS["sgd"], [stopper])
+        with expectation:
+            trainer.train(make_data(4), 3)
 
 
 def test_the_best_value_is_forgotten_or_kept_and_survives_as_state() -> None:

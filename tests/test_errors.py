@@ -18,8 +18,9 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pytorch_accelerated import StopTrainingError, Trainer, TrainerPlaceholderValues
-from pytorch_accelerated.callbacks import LambdaCallback, TrainerCallback
+from pytorch_accelerated.callbacks import EarlyStoppingCallback, LambdaCallback, TrainerCallback
 from pytorch_accelerated.errors import BatchError, LaunchError, TrainerError, refuse_near_misses
+from pytorch_accelerated.schedulers import CosineLrScheduler
 from tests.support import PlainDataset, Stream, assert_equal_weights, make_data, make_mlp, run_processes, weights_of
 
 
@@ -166,8 +167,8 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ),
         ValueError,
         "TrainerPlaceholderValues needs run_config.num_updates, which this run does not have: that takes data with a "
-        "length, or a limit of the run (num_epochs, max_num_train_steps), or an evaluation set. Write the number into "
-        "the scheduler factory instead.",
+        "length, or a limit of the run (num_epochs, max_num_train_steps), or an evaluation set. Write the number "
+        "into the scheduler factory instead.",
     ),
     "unknown dataloader argument": (
         lambda: train(train_dataloader_kwargs={"num_worker": 2}),
@@ -249,6 +250,48 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ),
         RuntimeError,
         "train() was called inside a training run of the same trainer; make another Trainer.",
+    ),
+    "loss function as a class": (
+        lambda: make_trainer(loss_func=nn.MSELoss),
+        TypeError,
+        "loss_func must be a function, or an instance such as nn.MSELoss(), got <class "
+        "'torch.nn.modules.loss.MSELoss'>.",
+    ),
+    "loss function as a name": (
+        lambda: make_trainer(loss_func="mse"),
+        TypeError,
+        "loss_func must be a function, or an instance such as nn.MSELoss(), got 'mse'.",
+    ),
+    "seed as a text": (lambda: make_trainer(seed="x"), TypeError, "seed must be a whole number or None, got 'x'."),
+    "one callback without a list": (
+        lambda: make_trainer(callbacks=LambdaCallback()),
+        TypeError,
+        "callbacks must be a list of callbacks, got <pytorch_accelerated.callbacks.base.LambdaCallback object at *>.",
+    ),
+    "tensors instead of a dataset": (
+        lambda: train(make_data(4).tensors),
+        TypeError,
+        "expected a dataset, got a tuple of 2 tensors or arrays: wrap them, as "
+        "torch.utils.data.TensorDataset(*tensors).",
+    ),
+    "frozen model": (
+        lambda: train(trainer_kwargs={"model": make_mlp().requires_grad_(False)}),
+        ValueError,
+        "none of the parameters of the optimizer is trainable: all have requires_grad=False. Unfreeze those that are "
+        "to be trained.",
+    ),
+    "both lengths of a warm-up": (
+        lambda: CosineLrScheduler.create_scheduler_fn(num_warmup_epochs=1, num_warmup_updates=2),
+        ValueError,
+        "got both num_warmup_updates and num_warmup_epochs; give one of them.",
+    ),
+    "named sets without a plain loss": (
+        lambda: train(
+            eval_dataset={"a": make_data(4), "b": make_data(4)}, trainer_kwargs={"callbacks": [EarlyStoppingCallback()]}
+        ),
+        ValueError,
+        "EarlyStoppingCallback watches 'eval_loss_epoch', but with named sets there are: 'eval_a_loss_epoch', "
+        "'eval_b_loss_epoch'.",
     ),
     "metrics of a wrong type": (
         lambda: make_trainer(metrics="accuracy"),
@@ -342,6 +385,13 @@ def test_a_dataset_smaller_than_the_number_of_processes_works() -> None:
     [
         ("calculate_train_batch_los", "calculate_train_batch_loss"),
         ("calculate_batch_loss_train", None),
+        ("calculate_train_loss", "calculate_train_batch_loss"),
+        ("calculate_batch_loss", "calculate_train_batch_loss"),
+        ("zero_grad", "optimizer_zero_grad"),
+        ("training_step", "calculate_train_batch_loss"),
+        ("validation_step", "calculate_eval_batch_loss"),
+        ("compute_loss", "calculate_train_batch_loss"),
+        ("step", None),
         ("compute_train_batch_loss", "calculate_train_batch_loss"),
         ("train_epoch_begin", "train_epoch_start"),
         ("training_epoch_end", "train_epoch_end"),
@@ -442,8 +492,8 @@ def test_an_exception_keeps_type_and_traceback_and_gets_one_note() -> None:
     assert raised.value.__cause__ is None and raised.value.__context__ is None
     assert traceback.extract_tb(raised.tb)[-1].name == "calculate_train_batch_loss"
     assert raised.value.__notes__ == [
-        "pytorch_accelerated: while training, process 0 of 1, epoch 2, 5 updates made, step 1 of the pass (counted "
-        "from 0); batch: list of 2 (float32[4, 4] on cpu, int64[4] on cpu)"
+        "pytorch_accelerated: while training, process 0 of 1, epoch 2, 5 updates made, batch 2 of 4: list of 2 "
+        "(float32[4, 4] on cpu, int64[4] on cpu)"
     ]
 
 
@@ -457,8 +507,10 @@ class FailingDataset(PlainDataset):
 def test_an_exception_of_a_dataset_says_which_batch_it_was_fetching() -> None:
     with pytest.raises(OwnError) as raised:
         train(FailingDataset(make_data(8)), per_device_batch_size=2, train_dataloader_kwargs={"shuffle": False})
-    [note] = raised.value.__notes__
-    assert note.endswith("epoch 1, 2 updates made, fetching the batch of step 2 of the pass (counted from 0)")
+    assert raised.value.__notes__ == [
+        "pytorch_accelerated: samples [4, 5] of the dataset",
+        "pytorch_accelerated: while training, process 0 of 1, epoch 1, 2 updates made, fetching batch 3 of 4",
+    ]
 
 
 @pytest.mark.parametrize("what", ["train", "evaluate", "predict"])
@@ -505,11 +557,19 @@ class Ends(TrainerCallback):
 @pytest.mark.parametrize("error", [OwnError(1), KeyboardInterrupt(), SystemExit(3)])
 @pytest.mark.parametrize(
     "event",
-    ["on_train_run_begin", "on_train_step_end", "on_train_update_end", "on_eval_step_end", "on_train_epoch_end"],
+    [
+        "on_train_run_begin",
+        "on_train_step_end",
+        "on_optimizer_step_begin",
+        "on_train_update_end",
+        "on_eval_step_end",
+        "on_train_epoch_end",
+    ],
 )
 def test_end_events_come_also_after_a_failure_and_the_trainer_can_be_used_again(error: Any, event: str) -> None:
     def fail(trainer: Trainer, **kwargs: Any) -> None:
-        if not ends.heard:
+        if not ends.heard and (event != "on_train_step_end" or trainer.num_steps == 1):  # with gradients of the first
+            trainer.skip_update()  # which is then not made; nor may the first of the next run be skipped for it
             raise error
 
     ends = Ends()
@@ -715,3 +775,31 @@ def _fail_twice() -> list[str]:
 def test_a_failure_that_was_dealt_with_is_not_taken_for_the_next_one() -> None:
     expected = ["ValueError: the first failure; 0 note", "RuntimeError: Connection closed by peer; 1 note"]
     assert run_processes(_fail_twice, 2) == [expected] * 2
+
+
+def test_a_helper_may_have_the_name_of_another_librarys_hook() -> None:
+    class Mine(Trainer):
+        def calculate_train_batch_loss(self, batch: Any) -> Any:
+            return self.compute_loss(batch)
+
+        def compute_loss(self, batch: Any) -> Any:
+            return self.model(batch[0]).square().mean()
+
+    make_trainer(Mine).train(make_data(4), 1)
+
+
+def test_parameters_that_nobody_moves_are_warned_about() -> None:
+    model = make_mlp()
+    with pytest.warns(UserWarning, match=r"2 trainable parameters of the model are in no group .* \(first: 0.weight\)"):
+        make_trainer(model=model, optimizer=SGD(model[-1].parameters(), lr=0.1)).train(make_data(4), 1)
+
+
+def test_a_rate_of_zero_that_an_earlier_schedule_left_behind_is_warned_about() -> None:
+    trainer = make_trainer()
+    schedule = CosineLrScheduler.create_scheduler_fn()
+    trainer.train(make_data(16), 1, create_scheduler_fn=schedule)
+    with pytest.warns(UserWarning, match="all learning rates are 0, so the weights will not move"):
+        trainer.train(make_data(16), 1)
+    before = weights_of(trainer)
+    trainer.train(make_data(16), 1, create_scheduler_fn=schedule)
+    assert any(not torch.equal(value, before[name]) for name, value in weights_of(trainer).items())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassAUROC
 from torchmetrics.regression import SpearmanCorrCoef
@@ -310,7 +312,7 @@ def test_named_sets_have_names_of_their_own() -> None:
     trainer = Trainer(
         model,
         nn.CrossEntropyLoss(),
-        torch.optim.SGD(model.parameters(), lr=0.0),
+        torch.optim.SGD(model.parameters(), lr=1e-30),
         callbacks=[LambdaCallback(on_eval_epoch_begin=lambda trainer, eval_name, **kwargs: names.append(eval_name))],
         metrics={"accuracy": MulticlassAccuracy(3, average="micro")},
     )
@@ -347,7 +349,7 @@ def test_a_single_metric_goes_by_its_own_name_and_trains_without_a_second_forwar
     model = Counting()
     metric = MulticlassAccuracy(3, average="micro")
     trainer = Trainer(
-        model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.0), callbacks=None, metrics=metric
+        model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=1e-30), callbacks=None, metrics=metric
     )
     data = make_data(10)
     history = trainer.train(data, 1, per_device_batch_size=4)
@@ -401,3 +403,104 @@ def test_evaluating_inside_training_changes_nothing_of_the_training() -> None:
     assert plain[1] == busy[1]
     for name, value in plain[0].items():
         assert torch.equal(value, busy[0][name]), name
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models that make their own loss, as those of Hugging Face
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Output:
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+class OwnLoss(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net, self.kind = make_mlp(), kind
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        logits = self.net(x)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        if self.kind == "object":
+            return Output(loss, logits)
+        made = {"loss": loss, "logits": logits}
+        return made if self.kind == "dict" else collections.OrderedDict(made)
+
+
+class Rows(Dataset[Any]):
+    def __len__(self) -> int:
+        return 21
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = make_data(21)[index]
+        return {"x": x, "labels": y}
+
+
+@pytest.mark.parametrize("kind", ["object", "dict", "OrderedDict"])
+def test_models_that_make_their_own_loss(kind: str) -> None:
+    model = OwnLoss(kind)
+    metrics = {"accuracy": MulticlassAccuracy(3, average="micro")}
+    trainer = Trainer(model, None, lambda p: torch.optim.SGD(p, lr=0.1), None, metrics=metrics)
+    trainer.train(Rows(), 1, Rows())
+    results = trainer.evaluate(Rows())
+    x, y = make_data(21).tensors
+    logits = model.net(x)
+    assert results["evaluation_loss"] == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-6)
+    assert results["evaluation_accuracy"] == pytest.approx((logits.argmax(-1) == y).float().mean().item())
+    predicted = trainer.predict(Rows())
+    assert set(predicted) == {"logits"}  # a loss is none of any sample's
+    assert torch.allclose(predicted["logits"], logits)
+
+
+def test_models_that_make_their_own_loss_of_many_labels_are_told_about_counts() -> None:
+    class Tokens(Dataset[Any]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> Any:
+            return {"x": torch.ones(4), "labels": torch.tensor([1, -100])}
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_mlp()
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Any:
+            return {"loss": nn.functional.cross_entropy(self.net(x), labels[:, 0])}
+
+    with pytest.warns(UserWarning, match="return it as 'num_items_in_batch'"):
+        Trainer(Model(), None, lambda p: torch.optim.SGD(p, lr=0.1), None).train(Tokens(), 1)
+
+
+def test_a_forgotten_loss_function_is_named() -> None:
+    with pytest.raises(TypeError) as raised:
+        Trainer(make_mlp(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), callbacks=None).train(make_data(4), 1)
+    assert any("the trainer has no loss_func, so the whole batch" in note for note in raised.value.__notes__)
+
+
+def test_outputs_that_cannot_be_joined_are_refused_and_detections_are_kept_by_image() -> None:
+    class Detector(Trainer):
+        def calculate_predictions(self, batch: Any) -> Any:
+            return [{"boxes": torch.full((int(x[0]) % 3, 4), float(x[0]))} for x in batch[0]]
+
+    data = TensorDataset(torch.arange(7.0)[:, None])
+    found = Detector(nn.Identity(), callbacks=None).predict(data, per_device_batch_size=3)
+    assert [row["boxes"].shape for row in found] == [(n % 3, 4) for n in range(7)]
+
+    class Odd(Trainer):
+        def calculate_predictions(self, batch: Any) -> Any:
+            return self.output(batch)
+
+    trainer = Odd(nn.Identity(), callbacks=None)
+    trainer.output = lambda batch: batch[0].numpy()
+    with pytest.raises(TypeError, match="cannot join ndarray over batches and processes"):
+        trainer.predict(data)
+    trainer.output = lambda batch: [*batch[0]]  # one tensor a sample, not one a batch
+    with pytest.raises(ValueError, match=r"they have .* elements\. Override calculate_predictions"):
+        trainer.predict(data, per_device_batch_size=3)
+    trainer.output = lambda batch: (batch[0], None)
+    values, nothing = trainer.predict(data, per_device_batch_size=3)
+    assert values.flatten().tolist() == list(range(7)) and nothing is None

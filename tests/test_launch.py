@@ -80,7 +80,7 @@ def test_the_error_of_the_failing_process_is_seen_and_nothing_hangs(launcher: st
     assert done.returncode != 0
     assert time.monotonic() - begin < 100
     assert "ZeroDivisionError: a bug of the user" in done.stderr
-    assert "while training, process 1 of 2, epoch 1, 2 updates made, step 2 of the pass (counted from 0)" in done.stderr
+    assert "while training, process 1 of 2, epoch 1, 2 updates made, batch 3 of 8" in done.stderr
     # The other process either said whose error it was, or was ended by the launcher before it noticed.
     assert "Connection closed by peer" not in done.stderr
 

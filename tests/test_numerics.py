@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import TerminateOnNaNCallback
+from pytorch_accelerated.callbacks import MoveModulesToDeviceCallback, TerminateOnNaNCallback
 from pytorch_accelerated.errors import BatchError
 from tests.support import (
     PlainDataset,
@@ -223,7 +223,7 @@ def test_update_equals_that_of_the_big_batch(num_processes: int) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
 def test_reported_loss_does_not_depend_on_accumulation(steps: int) -> None:
     model = make_mlp()
-    trainer = Trainer(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.0), callbacks=None)
+    trainer = Trainer(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=1e-30), callbacks=None)
     data = make_data(22)
     history = trainer.train(data, 1, data, per_device_batch_size=4, gradient_accumulation_steps=steps)
     expected = nn.functional.cross_entropy(model(data.tensors[0]), data.tensors[1]).item()
@@ -237,6 +237,7 @@ def test_what_the_hook_returned_is_not_changed() -> None:
     class Keeper(Trainer):
         def calculate_train_batch_loss(self, batch: Any) -> Any:
             output = super().calculate_train_batch_loss(batch)
+            del output["batch_size"]  # which the trainer knows by itself, and must not write here
             kept.append((output, dict(output), output["loss"].item()))
             return output
 
@@ -356,3 +357,90 @@ def test_the_correction_of_a_window_is_exact_for_mixed_kinds_of_parameters() -> 
         trainer.train(make_data(10), 1, per_device_batch_size=batch_size, gradient_accumulation_steps=steps, **order)
         gradients.append(trainer.gradient)
     assert relative_error(gradients[1], gradients[0]) < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Losses of torch that are means over something else than samples
+# --------------------------------------------------------------------------------------------------------------------
+
+WEIGHTED_LOSSES: dict[str, Any] = {
+    "class weights": lambda: nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 5.0])),
+    "class weights, smoothing": lambda: nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 5.0]), label_smoothing=0.1),
+    "ignored class": lambda: nn.CrossEntropyLoss(ignore_index=1),
+    "ignored class outside": lambda: nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 5.0]), ignore_index=7),
+    "log likelihood": lambda: nn.NLLLoss(weight=torch.tensor([0.2, 1.0, 5.0])),
+    "pixels": lambda: nn.CrossEntropyLoss(),
+    "probabilities": lambda: nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 5.0])),
+}
+
+
+class Pixels(nn.Module):
+    """Gives each sample five outputs of three classes: (N, 3, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_mlp(outputs=15)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).unflatten(1, (3, 5))
+
+
+def train_weighted(kind: str, split: bool) -> tuple[dict[str, Tensor], float, float]:
+    data = make_data(22, outputs=3)
+    x, y = data.tensors
+    model: nn.Module = make_mlp()
+    loss_func = WEIGHTED_LOSSES[kind]()
+    if kind == "ignored class outside":
+        y = torch.where(torch.arange(22) % 4 == 0, 7, y)
+    elif kind == "pixels":
+        model = Pixels()
+        y = torch.where(
+            torch.rand(22, 5, generator=torch.Generator().manual_seed(1)) < 0.4, -100, y[:, None].expand(22, 5)
+        )
+    elif kind == "probabilities":
+        y = nn.functional.one_hot(y, 3).float()
+    elif kind == "log likelihood":
+        model = nn.Sequential(model, nn.LogSoftmax(-1))
+    trainer = Trainer(model, loss_func, partial(torch.optim.SGD, lr=0.5), [MoveModulesToDeviceCallback])
+    num_processes = trainer.accelerator.num_processes
+    batch = {"per_device_batch_size": 3, "gradient_accumulation_steps": 8 // num_processes} if split else {}
+    data = torch.utils.data.TensorDataset(x, y)
+    arguments: dict[str, Any] = {"per_device_batch_size": 22, "train_dataloader_kwargs": {"shuffle": False}, **batch}
+    history = trainer.train(data, 2, data, **arguments)
+    weights = {name: value.clone() for name, value in trainer.get_model().state_dict().items()}
+    return weights, history.get_latest_metric("train_loss_epoch"), history.get_latest_metric("eval_loss_epoch")
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("kind", WEIGHTED_LOSSES)
+def test_weighted_losses_of_torch_split_like_any_other(kind: str, num_processes: int) -> None:
+    whole, train_loss, eval_loss = train_weighted(kind, split=False)
+    for weights, split_train_loss, split_eval_loss in run_processes(train_weighted, num_processes, kind, True):
+        assert relative_error(weights, whole) < 1e-6
+        assert split_train_loss == pytest.approx(train_loss, rel=1e-5)
+        assert split_eval_loss == pytest.approx(eval_loss, rel=1e-5)
+
+
+def test_a_loss_that_is_a_sum_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="reduction='sum', but losses are taken for means"):
+        Trainer(make_mlp(), nn.CrossEntropyLoss(reduction="sum"), callbacks=None)
+
+
+def _count_reductions(steps: int) -> list[int]:
+    counts = []
+    for num_samples in (32, 96):
+        trainer = Trainer(make_mlp(), nn.CrossEntropyLoss(), partial(torch.optim.SGD, lr=0.1), callbacks=None)
+        calls: list[int] = []
+        reduce = trainer.accelerator.reduce
+        trainer.accelerator.reduce = lambda *args, calls=calls, reduce=reduce, **kw: (
+            calls.append(1) or reduce(*args, **kw)
+        )
+        trainer.train(make_data(num_samples), 1, per_device_batch_size=4, gradient_accumulation_steps=steps)
+        counts.append(len(calls))
+    return counts
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_plain_training_reduces_nothing_but_gradients_until_the_epoch_ends(steps: int) -> None:
+    """Counted: the loader knows how many samples the others have, so nobody has to ask."""
+    assert run_processes(_count_reductions, 2, steps) == [[1, 1]] * 2

@@ -147,9 +147,21 @@ class CallbackHandler:
         return iter(self.callbacks)
 
     def add_callbacks(self, callbacks: Iterable[TrainerCallback | type[TrainerCallback]]) -> None:
-        """Append several callbacks; see ``add_callback``."""
-        for callback in callbacks:
-            self.add_callback(callback)
+        """Append several callbacks; see ``add_callback``.
+
+        A class is left out where an instance of exactly this class is among them, which takes its place: so an instance
+        after ``*DEFAULT_CALLBACKS`` replaces the default one.
+
+        Raises:
+            TypeError: if ``callbacks`` is a callback itself.
+        """
+        if isinstance(callbacks, TrainerCallback | type):
+            raise TypeError(f"callbacks must be a list of callbacks, got {callbacks!r}.")
+        several = list(callbacks)
+        given = {type(callback) for callback in several}
+        for callback in several:
+            if callback not in given:
+                self.add_callback(callback)
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """Append a callback. Several instances of one class may be there at once.
@@ -217,6 +229,8 @@ class CallbackHandler:
         Raises:
             KeyError: if there is no such event.
         """
+        if event not in self._listeners:
+            raise KeyError(f"there is no event {event!r}.{did_you_mean(event, self._listeners)} Add it to EVENTS.")
         for listener in self._listeners[event]:
             listener(trainer, **kwargs)
 

@@ -19,26 +19,36 @@ if TYPE_CHECKING:
 class PrintProgressCallback(TrainerCallback):
     """Print a line when a run, an epoch or an evaluation begins, and when a run ends. Main process only."""
 
+    _failure: str | None = None
+
+    def on_exception(self, trainer: Trainer, exception: BaseException, **kwargs: Any) -> None:
+        """Note that the run failed, to say so at its end."""
+        self._failure = type(exception).__name__
+
     def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print that training begins, and how far it will go."""
         config = trainer.run_config
         goals = [f"{config.num_epochs} epoch(s)"] if config.num_epochs is not None else []
         goals += [f"{config.num_updates} updates"] if config.num_updates is not None else []
         trainer.print(
-            f"\nStarting training run: {', '.join(goals)}, {config.num_processes} process(es), seed {config.seed}"
+            f"Starting training run: {', '.join(goals)}, {config.num_processes} process(es), seed {config.seed}"
         )
 
     def on_train_epoch_begin(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print the number of the epoch."""
-        trainer.print(f"\nStarting epoch {trainer.current_epoch}{_out_of(trainer)}")
+        trainer.print(f"Starting epoch {trainer.current_epoch}{_out_of(trainer)}")
 
     def on_eval_epoch_begin(self, trainer: Trainer, eval_name: str | None = None, **kwargs: Any) -> None:
         """Print which evaluation begins."""
-        trainer.print(f"\nStarting evaluation{f' on {eval_name}' if eval_name else ''}")
+        trainer.print(f"Starting evaluation{f' on {eval_name}' if eval_name else ''}")
 
     def on_train_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print that training is over, and what it took."""
-        trainer.print(f"\nFinishing training run: {trainer.num_updates} updates, {trainer.num_samples} samples")
+        failure, self._failure = self._failure, None
+        what = (
+            f"Training run ended by {failure} in epoch {trainer.current_epoch}" if failure else "Finishing training run"
+        )
+        trainer.print(f"{what}: {trainer.num_updates} updates, {trainer.num_samples} samples")
 
 
 class ProgressBarCallback(TrainerCallback):
@@ -93,12 +103,18 @@ class ProgressBarCallback(TrainerCallback):
 
     def on_train_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Leave no bar behind where a run failed."""
-        depth = self._depths.pop() if self._depths else 0
-        while len(self._passes) > depth:
-            self._passes.pop().close(trainer, has_failed=True)
+        self._close(trainer, self._depths.pop() if self._depths else 0)
 
     on_evaluation_run_end = on_train_run_end
     on_prediction_run_end = on_train_run_end
+
+    def on_exception(self, trainer: Trainer, exception: BaseException, **kwargs: Any) -> None:
+        """Close the bars of the run before other callbacks print that it is over."""
+        self._close(trainer, self._depths[-1] if self._depths else 0)
+
+    def _close(self, trainer: Trainer, depth: int) -> None:
+        while len(self._passes) > depth:
+            self._passes.pop().close(trainer, has_failed=True)
 
     def _begin(self, trainer: Trainer, label: str) -> None:
         if trainer.accelerator.is_main_process:
@@ -132,7 +148,9 @@ class _PassProgress:
 
     def close(self, trainer: Trainer, has_failed: bool = False) -> None:
         if self._bar is not None:
-            if not has_failed:
+            if has_failed:
+                self._bar.update(self._step - self._bar.n)  # without the loss, which may be what failed
+            else:
                 self._draw(trainer, time.monotonic() - self._start)
             self._bar.close()
 
@@ -141,7 +159,7 @@ class _PassProgress:
         facts = []
         if (loss := self._data_pass.mean_loss_so_far()) is not None:
             facts.append(f"loss {loss:.4g}")
-        if trainer.is_training_run and (groups := getattr(trainer.optimizer, "param_groups", None)):
+        if self._data_pass.kind == "training" and (groups := getattr(trainer.optimizer, "param_groups", None)):
             facts.append(f"lr {float(groups[0]['lr']):.3g}")
         facts.append(f"{self._samples / max(seconds, 1e-9):,.0f} samples/s")
         if self._bar is not None:
@@ -215,9 +233,10 @@ class LogMetricsCallback(TrainerCallback):
             trainer: the trainer.
             metrics: the newest value of each metric that was recorded since the last call.
         """
-        trainer.print()
-        for name, value in metrics.items():
-            trainer.print(f"{name}: {f'{value:.6g}' if isinstance(value, float) else value}")
+        values = [f"{name} {f'{value:.6g}' if isinstance(value, float) else value}" for name, value in metrics.items()]
+        # Of the moment of recording, which for what later callbacks recorded is not the present one.
+        epoch = max(trainer.run_history.get_metric_counters(name)[-1]["current_epoch"] for name in metrics)
+        trainer.print(f"{f'epoch {epoch}: ' if trainer.is_training_run else ''}{', '.join(values)}")
 
     def _find_new(self, trainer: Trainer) -> dict[str, Any]:
         history = trainer.run_history

@@ -12,7 +12,7 @@ from torch import Tensor
 from pytorch_accelerated import distributed
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.engine import raw_optimizer
-from pytorch_accelerated.errors import NonFiniteError, StopTrainingError
+from pytorch_accelerated.errors import NonFiniteError, StopTrainingError, did_you_mean
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -208,9 +208,11 @@ class TerminateOnNaNCallback(TrainerCallback):
             )
         if self.policy == "skip" and self._num_bad_in_a_row >= _MAX_BAD_IN_A_ROW:
             raise NonFiniteError(f"{message} So were {self._num_bad_in_a_row} updates in a row: there is no way on.")
-        trainer.print(message)
         if self.policy == "stop":
+            trainer.print(f"{message} Ending the run.")
             raise StopTrainingError(message)
+        skipped = trainer.num_skipped_updates + (self._interval == 1)  # this one is counted after the event
+        trainer.print(f"{message} Left out, {skipped} so far.")
 
 
 def _local(gradient: Tensor) -> Tensor:
@@ -280,17 +282,29 @@ class EarlyStoppingCallback(TrainerCallback):
         self._num_seen = self._num_values(trainer)
         if self.watch_metric.startswith("eval_") and trainer.eval_dataset is None:
             raise ValueError(f"EarlyStoppingCallback watches {self.watch_metric!r}, but train() got no eval_dataset.")
+        if self.watch_metric == "eval_loss_epoch" and isinstance(trainer.eval_dataset, dict):
+            names = ", ".join(f"'eval_{name}_loss_epoch'" for name in trainer.eval_dataset)
+            raise ValueError(
+                f"EarlyStoppingCallback watches 'eval_loss_epoch', but with named sets there are: {names}."
+            )
 
     def on_train_epoch_begin(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Warn if the metric has not appeared in the first epoch: it may come later, or be misspelt."""
+        """Warn if the metric has not appeared in the first epoch, as it may come later.
+
+        Raises:
+            ValueError: if another metric has appeared whose name is much like it.
+        """
         is_first, self._is_first_epoch = self._is_first_epoch, False
         if is_first or self._num_values(trainer) or not trainer.accelerator.is_main_process:
             return
         names = sorted(trainer.run_history.get_metric_names())
-        warnings.warn(
-            f"EarlyStoppingCallback watches {self.watch_metric!r}, which the first epoch did not record, but {names}.",
-            stacklevel=2,
+        hint = did_you_mean(self.watch_metric, names)
+        message = (
+            f"EarlyStoppingCallback watches {self.watch_metric!r}, which the first epoch did not record; it recorded "
         )
+        if hint:
+            raise ValueError(f"{message}{names}.{hint}")
+        warnings.warn(f"{message}{names}. Without it, training will not stop early.", stacklevel=5)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look for a new value. Raises StopTrainingError when it is time to stop."""
@@ -327,9 +341,10 @@ class EarlyStoppingCallback(TrainerCallback):
         self.num_worse += 1
         if self.num_worse < self.early_stopping_patience:
             return None
+        best = "nothing" if self.best_value is None else f"{self.best_value:.6g}"
         return (
-            f"Stopping early: {self.watch_metric} has not improved on {self.best_value} by more than "
-            f"{self.early_stopping_threshold} in {self.num_worse} evaluation(s), last value {value}."
+            f"Stopping early: {self.watch_metric} has not improved on {best} by more than "
+            f"{self.early_stopping_threshold:g} in {self.num_worse} evaluation(s), last value {value:.6g}."
         )
 
     def state_dict(self) -> dict[str, Any]:

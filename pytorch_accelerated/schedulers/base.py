@@ -40,11 +40,16 @@ class UpdateLrScheduler(LRScheduler):
             **kwargs: arguments of the class but the optimizer. ``num_updates`` defaults to those of the run; lengths
                 may be given in epochs, as ``num_warmup_epochs=2`` or ``0.5`` instead of ``num_warmup_updates``, and are
                 rounded to whole updates.
+
+        Raises:
+            ValueError: if a length is given in both.
         """
         arguments: dict[str, Any] = {"num_updates": TrainerPlaceholderValues.NUM_UPDATES}
         for name, value in kwargs.items():
             if name.startswith("num_") and name.endswith("_epochs"):
                 name = f"{name.removesuffix('_epochs')}_updates"
+                if name in kwargs:
+                    raise ValueError(f"got both {name} and {name.removesuffix('_updates')}_epochs; give one of them.")
                 value = (TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH * value).rounded()
             arguments[name] = value
         return partial(cls, **arguments)
