@@ -113,7 +113,7 @@ def main() -> None:
     """Train for some updates, evaluate on files that were not trained on, and write a little code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--num-updates", type=int, default=40, help="optimizer steps; 2000 for code that looks like code"
+        "--num-updates", type=int, default=80, help="optimizer steps; 2000 for code that looks like code"
     )
     parser.add_argument("--num-files", type=int, default=60, help="files of the standard library to train on")
     arguments = parser.parse_args()
@@ -126,7 +126,7 @@ def main() -> None:
     trainer = GPTTrainer(
         GPT(length=length),
         optimizer=partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95)),
-        callbacks=[*DEFAULT_CALLBACKS, TokensPerSecondCallback(every=10, length=length)],
+        callbacks=[*DEFAULT_CALLBACKS, TokensPerSecondCallback(every=20, length=length)],
         seed=0,
     )
     trainer.train(

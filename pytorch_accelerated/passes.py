@@ -51,11 +51,11 @@ def calculate_batch_loss(
                 "Pass loss_func, return 'loss' from the model, or override calculate_train_batch_loss and "
                 "calculate_eval_batch_loss."
             )
-        if data_pass is not None and data_pass.step == 0 and _has_labels_for_parts(batch):
+        if data_pass is not None and data_pass.step == 0 and _has_ignored_labels(batch):
             warnings.warn(
-                "the model makes its own loss of labels with several dimensions. If it is a mean over those that are "
-                "not ignored, batches must be weighed by their number: override calculate_train_batch_loss and "
-                "calculate_eval_batch_loss, and return it as 'num_items_in_batch'.",
+                "some labels are -100, which losses of models usually ignore. Batches must then be weighed by the "
+                "number of the others: override calculate_train_batch_loss and calculate_eval_batch_loss, and return "
+                "it as 'num_items_in_batch'.",
                 stacklevel=2,
             )
         return {"loss": loss, "model_outputs": outputs, "batch_size": num_samples}
@@ -86,9 +86,12 @@ def _get(outputs: Any, name: str) -> Any:
     return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
 
 
-def _has_labels_for_parts(batch: Any) -> bool:
+def _has_ignored_labels(batch: Any) -> bool:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
+    # Waits for the device, once in each pass.
+    return (
+        isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == _DEFAULT_IGNORE_INDEX).any())
+    )
 
 
 def _count_items(loss_func: Callable[..., Tensor], targets: Any) -> Tensor | None:
