@@ -26,6 +26,8 @@ _CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "accelerate", "torchm
 def run_processes(function: Callable[..., Any], num_processes: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call ``function(*args)`` in real processes that know of each other (gloo), and return what each returned.
 
+    With ``num_processes=0`` there is one that no launcher started, which Accelerate does not take for distributed.
+
     Raises RuntimeError with the traceback if one raised.
     """
     with socket.socket() as probe:
@@ -34,7 +36,7 @@ def run_processes(function: Callable[..., Any], num_processes: int, *args: Any, 
     results = _CONTEXT.Queue()
     processes = [
         _CONTEXT.Process(target=_enter, args=(function, args, rank, num_processes, port, results))
-        for rank in range(num_processes)
+        for rank in range(max(num_processes, 1))
     ]
     for process in processes:
         process.start()
@@ -50,7 +52,7 @@ def run_processes(function: Callable[..., Any], num_processes: int, *args: Any, 
             returned[rank] = pickle.loads(result)
         for process in processes:
             process.join(timeout)
-        return [returned[rank] for rank in range(num_processes)]
+        return [returned[rank] for rank in range(len(processes))]
     finally:
         for process in processes:
             process.kill()
@@ -58,9 +60,8 @@ def run_processes(function: Callable[..., Any], num_processes: int, *args: Any, 
 
 def _enter(function: Callable[..., Any], args: Any, rank: int, num_processes: int, port: int, results: Any) -> None:
     torch.set_num_threads(1)
-    os.environ |= {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launched = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_processes),
@@ -68,13 +69,15 @@ def _enter(function: Callable[..., Any], args: Any, rank: int, num_processes: in
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    if num_processes > 0:
+        os.environ |= launched
     try:
         result = function(*args)
         # A test that believes to run in two processes and runs in one proves nothing.
         from accelerate import PartialState
 
-        assert PartialState().num_processes == num_processes
-        assert num_processes == 1 or torch.distributed.get_world_size() == num_processes
+        assert PartialState().num_processes == max(num_processes, 1)
+        assert num_processes < 2 or torch.distributed.get_world_size() == num_processes
         # Pickled here: a queue would send tensors as handles, which die with their process.
         results.put((rank, True, pickle.dumps(result)))
     except BaseException:

@@ -245,3 +245,16 @@ def test_an_unknown_event_is_named_where_it_is_called() -> None:
     trainer = make_trainer(None)
     with pytest.raises(KeyError, match=r"there is no event 'on_train_epoch_ends'\. Did you mean 'on_train_epoch_end'"):
         trainer.callback_handler.call_event("on_train_epoch_ends", trainer)
+
+
+def test_a_callback_that_joins_while_an_event_is_called_hears_the_next() -> None:
+    heard: list[str] = []
+
+    class Inviting(TrainerCallback):
+        def on_train_epoch_begin(self, trainer: Any, **kwargs: Any) -> None:
+            if trainer.current_epoch == 1:
+                trainer.callback_handler.add_callback(recorder(["on_train_epoch_begin"], "guest", heard))
+            heard.append(f"epoch {trainer.current_epoch}")
+
+    make_trainer([Inviting]).train(make_data(4), 2)
+    assert heard == ["epoch 1", "epoch 2", "guest.on_train_epoch_begin"]

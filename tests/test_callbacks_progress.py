@@ -180,16 +180,27 @@ def test_metrics_can_be_sent_elsewhere() -> None:
     assert sent == [{name: history.get_latest_metric(name)} for name in ("train_loss_epoch", "eval_loss_epoch")]
 
 
-def _print_everything() -> str:
-    out = io.StringIO()
+class Elsewhere(LogMetricsCallback):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[Any] = []
+
+    def log_metrics(self, trainer: Trainer, metrics: Any) -> None:
+        self.sent.append(dict(metrics))
+
+
+def _print_everything() -> tuple[str, int, int]:
+    out, bars, elsewhere, depths = io.StringIO(), ProgressBarCallback(seconds_between_lines=0), Elsewhere(), []
+    look = LambdaCallback(on_train_step_end=lambda trainer, **_: depths.append(len(bars._passes)))
     with contextlib.redirect_stdout(out):
-        callbacks = PrintProgressCallback, ProgressBarCallback(seconds_between_lines=0), LogMetricsCallback
+        callbacks = PrintProgressCallback, bars, LogMetricsCallback, elsewhere, look
         make_trainer(*callbacks).train(make_data(16), 1, make_data(4))
-    return out.getvalue()
+    return out.getvalue(), depths[0], len(elsewhere.sent)
 
 
-def test_only_the_main_process_prints() -> None:
-    first, second = run_processes(_print_everything, 2)
+def test_only_the_main_process_prints_draws_and_logs() -> None:
+    (first, num_bars, num_logs), (second, num_other_bars, num_other_logs) = run_processes(_print_everything, 2)
+    assert (num_bars, num_logs, num_other_bars, num_other_logs) == (1, 2, 0, 0)
     assert "Starting training run" in first and "2 process(es)" in first and "step 1/1" in first
     assert second == ""
 

@@ -196,13 +196,16 @@ def test_parameters_without_gradients_and_sparse_gradients_are_fine() -> None:
     assert trainer.train(data, 1).get_latest_metric("train_loss_epoch") > 0
 
 
-def _train_with_a_bad_rank(policy: Any) -> tuple[str, int, int, dict[str, Tensor]]:
+def _train_with_a_bad_rank(policy: Any, gradient_is_bad: bool) -> tuple[str, int, int, dict[str, Tensor]]:
     class Bad(Trainer):
         def calculate_train_batch_loss(self, batch: Any) -> Any:
             output = super().calculate_train_batch_loss(batch)
             assert isinstance(output, dict)
             is_bad = self.accelerator.process_index == 1 and self.num_steps == 2
-            return {**output, "loss": output["loss"] * (math.nan if is_bad else 1.0)}
+            if not is_bad:
+                return output
+            # Added, the gradient stays finite, and the other process has nothing to see it by.
+            return {**output, "loss": output["loss"] * math.nan if gradient_is_bad else output["loss"] + math.nan}
 
     trainer = Bad(make_mlp(), nn.CrossEntropyLoss(), OPTIMIZERS["adamw"], [TerminateOnNaNCallback(policy)])
     message = ""
@@ -213,9 +216,10 @@ def _train_with_a_bad_rank(policy: Any) -> tuple[str, int, int, dict[str, Tensor
     return message, trainer.num_updates, trainer.num_skipped_updates, weights_of(trainer)
 
 
-def test_all_processes_act_together_when_one_sees_a_nan() -> None:
+@pytest.mark.parametrize("gradient_is_bad", [True, False])
+def test_all_processes_act_together_when_one_sees_a_nan(gradient_is_bad: bool) -> None:
     for policy, updates, skipped in (("raise", 2, 0), ("stop", 2, 0), ("skip", 3, 1)):
-        first, second = run_processes(_train_with_a_bad_rank, 2, policy)
+        first, second = run_processes(_train_with_a_bad_rank, 2, policy, gradient_is_bad)
         assert first[:3] == second[:3]
         assert first[1:3] == (updates, skipped)
         assert_equal_weights(first[3], second[3])

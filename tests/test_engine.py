@@ -82,13 +82,9 @@ def test_gradients_of_parameters_that_are_not_optimized_take_no_part_in_clipping
 
 
 def test_clipping_by_value_does_not_hide_an_infinite_gradient() -> None:
-    class Infinite(Trainer):
-        def calculate_train_batch_loss(self, batch: Any) -> Any:
-            output = self.model(batch[0])
-            output.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
-            return output.square().mean()
-
-    trainer = Infinite(make_mlp(), None, SGD_01, [TerminateOnNaNCallback])
+    model = make_mlp()
+    model[0].weight.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    trainer = make_trainer(model, SGD_01, [TerminateOnNaNCallback])
     with pytest.raises(ArithmeticError, match="a gradient is not finite"):
         trainer.train(make_data(8), 1, gradient_clip_value=1.0)
 
@@ -234,7 +230,7 @@ def _train_in_bf16() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [0, 1, 2])
 def test_bf16_is_used_by_every_trainer_and_the_model_is_left_as_it_was(num_processes: int) -> None:
     for result in run_processes(_train_in_bf16, num_processes):
         assert result == {
@@ -295,3 +291,20 @@ def test_split_batches_is_refused() -> None:
         ValueError, match="split_batches=True, but per_device_batch_size counts the samples of one proc"
     ):
         make_trainer(accelerator=accelerator).train(make_data(8), 1)
+
+
+def _note_exchanges() -> list[bool]:
+    exchanges: list[bool] = []
+
+    class Noting(Trainer):
+        def backward_step(self, loss: Tensor) -> None:
+            exchanges.append(self.model.require_backward_grad_sync)
+            super().backward_step(loss)
+
+    trainer = Noting(make_mlp(), nn.CrossEntropyLoss(), SGD_01, None)
+    trainer.train(make_data(40), 1, per_device_batch_size=4, gradient_accumulation_steps=3)
+    return exchanges
+
+
+def test_processes_exchange_gradients_once_per_update() -> None:
+    assert run_processes(_note_exchanges, 2) == [[False, False, True, False, True]] * 2
