@@ -282,7 +282,7 @@ class _RoundSampler:
         stop = len(order) - len(order) % total if self._drop_last else len(order)
         for start in range(0, stop, total):
             part = order[start : min(start + total, stop)]
-            yield part if self.as_tensor else part.tolist()
+            yield part if self.as_tensor else part.tolist()  # waits for nothing: the order is made on the CPU
 
     def _from_main(self, rounds: Iterator[list[Any]]) -> Iterator[list[Any]]:
         """Yield the rounds that the main process has drawn: others may draw others, from generators of their own."""
@@ -468,9 +468,9 @@ class ShardedDataLoader:
         self.num_samples = (find_batch_size(batch) or 1) if self.has_samples else 0
         self.round_samples = self.num_samples
         if self._accelerator.num_processes > 1:
-            # Collective, and waits for the device: nobody but the loader knows how large its batches are.
+            # Collective: nobody but the loader knows how large its batches are.
             samples = torch.tensor(self.num_samples, device=self._accelerator.device)
-            self.round_samples = int(self._accelerator.reduce(samples).item())
+            self.round_samples = int(self._accelerator.reduce(samples).item())  # waits: the counters live on the host
 
 
 class _KeyedLoader(ShardedDataLoader):

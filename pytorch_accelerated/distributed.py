@@ -159,9 +159,10 @@ def _gather_tensor(accelerator: Accelerator, tensor: Tensor, padding_value: floa
     if tensor.ndim > _MAX_DIMS:
         raise ValueError(f"gather takes tensors of at most {_MAX_DIMS} dimensions, got shape {tuple(tensor.shape)}.")
     tensor = tensor.to(accelerator.device).contiguous()
-    # Unequal shapes abort the process (gloo) or hang (NCCL), so the shapes go first; reading them waits for the device.
+    # Unequal shapes abort the process (gloo) or hang (NCCL), so the shapes go first.
     header = [tensor.ndim, *tensor.shape] + [0] * (_MAX_DIMS - tensor.ndim)
-    headers = accelerator.gather(torch.tensor([header], device=accelerator.device)).tolist()
+    sent = torch.tensor([header], device=accelerator.device)
+    headers = accelerator.gather(sent).tolist()  # waits for the device: the host has to know how much to make room for
     shapes = [tuple(row[1 : 1 + row[0]]) for row in headers]
     if len({len(shape) for shape in shapes}) > 1 or (
         padding_value is None and len({shape[1:] for shape in shapes}) > 1
@@ -191,7 +192,8 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Return, on every process alike, whether ``flag`` is true on at least one. Collective; waits for the device."""
     if accelerator.num_processes == 1:
         return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item() > 0)
+    flags = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device))
+    return bool(flags.item() > 0)  # waits for the device: the caller goes one way or the other by the answer
 
 
 def broadcast_from_main(accelerator: Accelerator, value: T) -> T:

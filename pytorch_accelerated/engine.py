@@ -140,16 +140,16 @@ class Engine:
             )
 
     def _has_other_trainable_parameters(self) -> bool:
+        assert self._model is not None, "prepare has been called"
         return self._is_ddp and self._trainable != _find_trainable(self._model)
 
     @property
     def parameters(self) -> list[Tensor]:
         """Return the parameters that the optimizer moves, those of the model in its order first."""
-        groups = raw_optimizer(self._optimizer).param_groups
-        sizes = [len(group["params"]) for group in groups]
+        sizes = [len(group["params"]) for group in raw_optimizer(self._optimizer).param_groups]
         if sizes != self._sizes:  # a walk through the model takes its time, and groups seldom change
             assert self._model is not None
-            held = {id(parameter): parameter for group in groups for parameter in group["params"]}
+            held = {id(parameter): parameter for parameter in optimized_parameters(self._optimizer)}
             own = [parameter for parameter in self._model.parameters() if held.pop(id(parameter), None) is not None]
             self._parameters, self._sizes = [*own, *held.values()], sizes
         return self._parameters
@@ -235,15 +235,19 @@ def raw_optimizer(optimizer: Any) -> Any:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def _find_trainable(model: nn.Module | None) -> set[int]:
-    return (
-        {id(parameter) for parameter in model.parameters() if parameter.requires_grad} if model is not None else set()
-    )
+def optimized_parameters(optimizer: Any) -> list[Tensor]:
+    """Return the parameters in all groups of an optimizer, raw or wrapped."""
+    return [parameter for group in raw_optimizer(optimizer).param_groups for parameter in group["params"]]
+
+
+def _find_trainable(model: nn.Module) -> set[int]:
+    return {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
 
 def _check_parameters(optimizer: Any, model: nn.Module, others: Iterable[nn.Module], num_processes: int) -> None:
-    known = {id(parameter) for module in (model, *others) for parameter in module.parameters()}
-    held: list[Tensor] = [parameter for group in raw_optimizer(optimizer).param_groups for parameter in group["params"]]
+    own = {id(parameter) for parameter in model.parameters()}
+    known = own | {id(parameter) for module in others for parameter in module.parameters()}
+    held = optimized_parameters(optimizer)
     strange = [parameter for parameter in held if id(parameter) not in known]
     if strange:
         raise ValueError(
@@ -252,7 +256,6 @@ def _check_parameters(optimizer: Any, model: nn.Module, others: Iterable[nn.Modu
             "replaced or copied after the optimizer was made? Make the optimizer last, or pass a function: "
             "optimizer=partial(AdamW, lr=1e-3)."
         )
-    own = {id(parameter) for parameter in model.parameters()}
     outside = [parameter for parameter in held if id(parameter) not in own]
     if outside and num_processes > 1:
         raise ValueError(

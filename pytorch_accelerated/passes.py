@@ -250,7 +250,7 @@ class DataPass:
     @property
     def loss_in_step(self) -> Tensor:
         """Return the loss of the current step on this process, detached; zero where it is the mean of no items."""
-        return self._loss_in_step
+        return without_empty(self._loss, self._num_items)
 
     def leave_out_non_finite_losses(self) -> None:
         """Let the mean loss of the pass be that of the batches whose loss is finite."""
@@ -283,9 +283,9 @@ class DataPass:
             num_items = batch_output["batch_size"]
         if not counts_items and loader.knows_sizes:
             total_items = loader.round_samples
+        self._loss = batch_output["loss"].detach()
         if loader.has_samples:
-            self._loss_sum.update(batch_output["loss"], num_items)
-        self._loss_in_step = without_empty(batch_output["loss"].detach(), num_items)
+            self._loss_sum.update(self._loss, num_items)
         self._num_items, self._total_items = num_items, total_items
         return batch_output
 

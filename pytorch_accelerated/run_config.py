@@ -298,13 +298,9 @@ def resolve_placeholders(value: Any, run_config: TrainerRunConfig) -> Any:
     if isinstance(value, partial):
         args = [resolve_placeholders(item, run_config) for item in value.args]
         return partial(value.func, *args, **resolve_placeholders(value.keywords, run_config))
-    items: list[Any] | None = None
-    if type(value) is dict:
-        items = list(value.values())
-    elif type(value) in (list, tuple):
-        items = list(value)
-    if items is None:
+    if type(value) not in (dict, list, tuple):
         return value
+    items = list(value.values() if type(value) is dict else value)
     resolved = [resolve_placeholders(item, run_config) for item in items]
     if all(new is old for new, old in zip(resolved, items, strict=True)):
         return value  # it may be someone's to share

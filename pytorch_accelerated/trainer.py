@@ -369,10 +369,10 @@ class Trainer:
                 self.predict_epoch_start()
                 self._event("on_predict_epoch_begin")
                 with contextlib.closing(data_pass.iterate(epoch=0)) as batches:
-                    for step, batch in enumerate(batches):
+                    for batch in batches:
                         self._event("on_predict_step_begin")
                         output = self.calculate_predictions(batch)
-                        self._event("on_predict_step_end", batch=batch, batch_output=output, step=step)
+                        self._event("on_predict_step_end", batch=batch, batch_output=output, step=data_pass.step)
                         # To the host at once, which waits for the device: the outputs of a dataset may not fit on it.
                         outputs.append(distributed.to_host(self.gather(output)))
                 self.predict_epoch_end()
@@ -394,12 +394,12 @@ class Trainer:
         self._event("on_train_epoch_begin")
         self.model = self._engine.follow_freezing()
         with contextlib.closing(data_pass.iterate(counters.current_epoch)) as batches:
-            for step, batch in enumerate(batches):
+            for batch in batches:
                 is_update = window.begin_step(loader.is_last)
                 with self._engine.gradient_sync(is_update, accumulation_steps):
                     self._event("on_train_step_begin")
                     batch_output = self._account(batch, self.calculate_train_batch_loss(batch))
-                    self._event("on_train_step_end", batch=batch, batch_output=batch_output, step=step)
+                    self._event("on_train_step_end", batch=batch, batch_output=batch_output, step=data_pass.step)
                     self.backward_step(data_pass.weigh(batch_output["loss"]))
                 counters.num_steps += 1
                 counters.num_samples += loader.round_samples
@@ -447,10 +447,10 @@ class Trainer:
             loader.limit = self.limit_eval_batches
             # The randomness of evaluation data is that of epoch 0, always, so that evaluations can be compared.
             with contextlib.closing(data_pass.iterate(epoch=0)) as batches:
-                for step, batch in enumerate(batches):
+                for batch in batches:
                     self._event("on_eval_step_begin")
                     batch_output = self._account(batch, self.calculate_eval_batch_loss(batch))
-                    self._event("on_eval_step_end", batch=batch, batch_output=batch_output, step=step)
+                    self._event("on_eval_step_end", batch=batch, batch_output=batch_output, step=data_pass.step)
             if data_pass.step < 0:
                 which = f" {name!r}" if name else ""
                 raise ValueError(f"the evaluation set{which} gave no batch: it yields nothing (any more).")
@@ -625,8 +625,8 @@ class Trainer:
         """Add a batch to the metrics; called after each loss where the trainer was given ``metrics``.
 
         The default takes the predictions from ``batch_output["predictions"]`` if it is there, else
-        ``["model_outputs"]`` (the ``"logits"`` of a mapping), and the targets from ``batch_output["targets"]`` if it is
-        there, else from the batch: the second of a pair, ``"labels"`` of a dict.
+        ``["model_outputs"]`` (its ``logits`` where it is a mapping or an object of another kind), and the targets from
+        ``batch_output["targets"]`` if it is there, else from the batch: the second of a pair, ``"labels"`` of a dict.
 
         Args:
             metrics: a copy of the trainer's metrics for this pass.

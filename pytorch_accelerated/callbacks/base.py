@@ -193,7 +193,7 @@ class CallbackHandler:
         self._listeners = {event: [] for event in self._listeners}
 
     def _find_listeners(self, callback: TrainerCallback) -> dict[str, Callable[..., None]]:
-        spellings: dict[str, str] = {}
+        nearest: dict[str, tuple[int, str]] = {}
         for name in dir(callback):
             if not name.startswith("on_") or not callable(getattr(callback, name)):
                 continue
@@ -206,17 +206,17 @@ class CallbackHandler:
                     f"be called.{hint} The events are: {', '.join(self._listeners)}. For an event of your own, add "
                     "its name to EVENTS of your Trainer subclass."
                 )
-            if _depth(callback, name) is None:
+            depth = _depth(callback, name)
+            if depth is None:
                 continue  # not overridden: nobody listens
-            other = spellings.setdefault(event, name)
-            if other != name:
-                depths = _depth(callback, other), _depth(callback, name)
-                if depths[0] == depths[1]:
-                    raise ValueError(
-                        f"{type(callback).__name__} has two methods for the event {event!r}: {other!r} and {name!r}."
-                    )
-                spellings[event] = other if depths[0] < depths[1] else name  # type: ignore[operator]
-        return {event: _lenient(getattr(callback, name)) for event, name in spellings.items()}
+            other_depth, other = nearest.get(event, (depth + 1, name))
+            if depth == other_depth:
+                raise ValueError(
+                    f"{type(callback).__name__} has two methods for the event {event!r}: {other!r} and {name!r}."
+                )
+            if depth < other_depth:
+                nearest[event] = depth, name
+        return {event: _lenient(getattr(callback, name)) for event, (_, name) in nearest.items()}
 
     def call_event(self, event: str, trainer: Trainer, **kwargs: Any) -> None:
         """Call the callbacks that listen to ``event``.
@@ -229,9 +229,12 @@ class CallbackHandler:
         Raises:
             KeyError: if there is no such event.
         """
-        if event not in self._listeners:
-            raise KeyError(f"there is no event {event!r}.{did_you_mean(event, self._listeners)} Add it to EVENTS.")
-        for listener in self._listeners[event]:
+        try:
+            listeners = self._listeners[event]
+        except KeyError:
+            hint = did_you_mean(event, self._listeners)
+            raise KeyError(f"there is no event {event!r}.{hint} Add it to EVENTS.") from None
+        for listener in listeners:
             listener(trainer, **kwargs)
 
     def call_end_event(self, event: str, trainer: Trainer, error: BaseException | None = None, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pytorch_accelerated import distributed
 from pytorch_accelerated.callbacks.base import TrainerCallback
-from pytorch_accelerated.engine import raw_optimizer
+from pytorch_accelerated.engine import optimized_parameters, raw_optimizer
 from pytorch_accelerated.errors import NonFiniteError, StopTrainingError, did_you_mean
 
 if TYPE_CHECKING:
@@ -113,8 +113,7 @@ class TerminateOnNaNCallback(TrainerCallback):
         losses, self._losses = self._losses, None
         if losses is None:  # added since the last step
             return
-        groups = raw_optimizer(trainer.optimizer).param_groups
-        parameters = (parameter for group in groups for parameter in group["params"])
+        parameters = optimized_parameters(trainer.optimizer)
         gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         found = self._find_non_finite([*(gradients if self._checks_gradients else ()), losses.clone()])
         if trainer.run_config.num_processes > 1:
@@ -173,7 +172,7 @@ class TerminateOnNaNCallback(TrainerCallback):
         num_bad = int(self._num_bad.item())  # waits for the device: a log point
         if num_bad:
             trainer.run_history.counters.num_skipped_updates += num_bad
-            moment, loss = moments[int(self._first_bad.item())], self._first_bad_loss
+            moment, loss = moments[int(self._first_bad.item())], self._first_bad_loss  # waits no longer
             self._num_bad.zero_()
             self._first_bad.fill_(-1)
             self._num_bad_in_a_row = self._num_bad_in_a_row + num_bad if num_bad == len(moments) else 0
