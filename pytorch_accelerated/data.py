@@ -8,9 +8,14 @@ because models and callbacks may talk to each other in every step.
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import inspect
-import random
+import os
+import signal
+import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count, islice
@@ -37,99 +42,7 @@ from torch.utils.data import (
 )
 
 from pytorch_accelerated.errors import did_you_mean
-
-# --------------------------------------------------------------------------------------------------------------------
-# Randomness
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def mix(*key: int | str) -> int:
-    """Return a seed below 2**63 that is a function of ``key`` alone; nearby keys give unrelated seeds."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def peek_at_torch_stream() -> int:
-    """Return the number that torch's global stream (CPU) would give next, without drawing it."""
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())
-    return int(torch.randint(2**62, (), generator=generator))
-
-
-def seed_host_streams(seed: int) -> None:
-    """Seed the global random streams of torch (CPU only), numpy and random."""
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reset the devices' streams
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def seed_all_streams(seed: int) -> None:
-    """Seed the global random streams of torch (all devices), numpy and random."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def _get_host_streams() -> tuple[Any, ...]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def _set_host_streams(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
-
-
-@contextmanager
-def host_streams_preserved() -> Iterator[None]:
-    """Put the global random streams of torch (CPU), numpy and random back as they were when the block began."""
-    states = _get_host_streams()
-    try:
-        yield
-    finally:
-        _set_host_streams(states)
-
-
-@contextmanager
-def random_streams_preserved(device: torch.device) -> Iterator[None]:
-    """Put the global random streams, that of ``device`` included, back as they were when the block began."""
-    with host_streams_preserved():
-        if device.type in ("cpu", "meta", "xla"):
-            yield
-        else:
-            with torch.random.fork_rng(devices=[device], device_type=device.type):
-                yield
-
-
-def _chunks(iterable: Iterable[Any], size: int, seed: int) -> Iterator[list[Any]]:
-    """Yield the items of ``iterable`` in lists of ``size``, on random streams of its own that begin at ``seed``."""
-    iterator: Iterator[Any] | None = None
-    states: tuple[Any, ...] = ()
-    while True:
-        with host_streams_preserved():
-            if iterator is None:
-                seed_host_streams(seed)
-                iterator = iter(iterable)
-            else:
-                _set_host_streams(states)
-            chunk = list(islice(iterator, size))
-            states = _get_host_streams()
-        if not chunk:
-            return
-        yield chunk
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Run the block on streams seeded with ``seed``; in the main process, whose streams others use, put them back."""
-    if get_worker_info() is None:
-        with host_streams_preserved():
-            seed_host_streams(seed)
-            yield
-    else:
-        seed_host_streams(seed)
-        yield
-
+from pytorch_accelerated.randomness import OwnStreams, chunks, mix, seeded, set_states_of, states_of
 
 # --------------------------------------------------------------------------------------------------------------------
 # What travels from the samplers through the workers to the loop
@@ -154,6 +67,17 @@ class _Fetched(NamedTuple):
     num_samples: int | None
     round_samples: int | None
     is_last: bool
+    origin: _Origin | None = None
+
+
+class _Origin(NamedTuple):
+    """How far a reader had come with a batch of data that has no order of ours."""
+
+    worker: int
+    num_rounds: int
+    num_items: int  # read by this worker for all processes
+    is_exhausted: bool
+    state: Any  # of the dataset or loader after the batch; None where it has none
 
 
 def _as_is(data: Any) -> Any:
@@ -171,17 +95,51 @@ def _tell_epoch(dataset: Any, epoch: int) -> None:
             dataset._pytorch_accelerated_epoch = epoch
 
 
+@functools.cache
+def _num_runs_in_progress() -> Tensor:
+    """Return a counter in shared memory, which the workers of this process see."""
+    counter = torch.zeros((), dtype=torch.int64)
+    counter.share_memory_()  # type: ignore[no-untyped-call]
+    return counter
+
+
+@contextmanager
+def workers_outlive_signals() -> Iterator[None]:
+    """Let workers that are signalled along with the main process live on: it decides when the run is over."""
+    counter = _num_runs_in_progress()
+    counter += 1
+    try:
+        yield
+    finally:
+        counter -= 1
+
+
 class _WorkerInit:
-    """Let ``get_worker_info().dataset`` be the user's dataset, then call the user's ``worker_init_fn``."""
+    """Let ``get_worker_info().dataset`` be the user's dataset, then call the user's ``worker_init_fn``.
+
+    Schedulers and terminals signal whole process groups. A worker that dies of that takes the update with it that the
+    main process is about to finish and save; so while a run is in progress it stays. When the main process dies, torch
+    ends the workers within seconds.
+    """
 
     def __init__(self, function: Callable[[int], Any] | None) -> None:
         self._function = function
+        self._num_runs = _num_runs_in_progress()
 
     def __call__(self, worker_id: int) -> None:
+        for name in ("SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._end_unless_in_a_run)
         info: Any = get_worker_info()
         object.__setattr__(info, "dataset", info.dataset.dataset)  # its own __setattr__ refuses everything
         if self._function is not None:
             self._function(worker_id)
+
+    def _end_unless_in_a_run(self, signal_number: int, frame: Any) -> None:
+        if not int(self._num_runs):
+            signal.signal(signal_number, signal.SIG_DFL)
+            os.kill(os.getpid(), signal_number)
 
 
 def _share(num_samples: int, batch_size: int | None, process: int, num_processes: int) -> slice:
@@ -194,6 +152,7 @@ def _share(num_samples: int, batch_size: int | None, process: int, num_processes
 
 
 _ROUNDS_IN_A_MESSAGE = 16
+_MAX_ROUNDS_AHEAD = 4096  # that workers and messages may be ahead of the loop
 
 
 class _RoundSampler:
@@ -205,7 +164,13 @@ class _RoundSampler:
         self._num_processes = num_processes
         self.limit: int | None = None
         self.epoch = 0
+        self.start = 0
+        """Rounds of the next epoch that are left out, because they were dealt before an interruption."""
+        self.digest_at_start: str | None = None
+        """What the digest of the rounds left out must be; None where it is not known."""
         self.as_tensor = False
+        self._states: list[dict[str, Any]] | None = None  # of the samplers when the epoch began
+        self._digests: deque[tuple[int, str]] = deque(maxlen=_MAX_ROUNDS_AHEAD)
         self.batch_sampler = loader.batch_sampler
         self.sampler = loader.sampler
         self.batch_size: int | None = None
@@ -231,14 +196,34 @@ class _RoundSampler:
         num_samples = len(self.sampler)  # type: ignore[arg-type]
         return num_samples // total if self._drop_last else -(-num_samples // total)
 
+    @property
+    def parts(self) -> list[Any]:
+        """Return the samplers, which may hold generators of their own."""
+        parts = [self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None)]
+        return [part for number, part in enumerate(parts) if not any(part is other for other in parts[:number])]
+
+    def state_dict(self, num_rounds: int | None) -> dict[str, Any]:
+        """Return what it takes to deal on after ``num_rounds`` rounds of the epoch; None between epochs."""
+        digests = dict(self._digests)
+        is_between = num_rounds is None or self._states is None
+        return {
+            "samplers": states_of(self.parts) if is_between else self._states,
+            "digest": None if num_rounds is None else digests.get(num_rounds),
+        }
+
     def __iter__(self) -> Iterator[_Deal]:
+        start, self.start = self.start, 0
+        if self.limit is not None and start >= self.limit:
+            return
         samplers: tuple[Any, ...] = (self.sampler, self.batch_sampler)
         for sampler in samplers:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self.epoch)
-        rounds = self._rounds()
+        order = self._known_order()
+        self._states = states_of(self.parts) if order is None else None
+        rounds = self._drawn(start) if order is None else self._slices(order, start)
         upcoming = next(rounds, None)
-        for number in count():
+        for number in count(start):
             if upcoming is None:
                 return
             indices, upcoming = upcoming, next(rounds, None)
@@ -265,24 +250,44 @@ class _RoundSampler:
         num_own = len(own)
         return _Deal(own if num_own else indices[:1], seed, self.epoch, num_own, len(indices), is_last)
 
-    def _rounds(self) -> Iterator[Any]:
-        """Yield what is drawn for each round: a list or tensor of indices, or a list of batches where these vary."""
-        seed = mix(self._seed, "sampler", self.epoch)
-        if self.batch_size is None:
-            source: Any = self.sampler if self.batch_sampler is None else self.batch_sampler
-            yield from self._from_main(_chunks(source, self._num_processes, seed))
-            return
+    def _slices(self, order: Tensor, start: int) -> Iterator[Any]:
+        """Yield the indices of each round from round ``start`` on, a list or tensor."""
+        assert self.batch_size is not None
         total = self.batch_size * self._num_processes
-        order = self._known_order()
-        if order is None:
-            for indices in self._from_main(_chunks(self.sampler, total, seed)):
-                if len(indices) == total or not self._drop_last:
-                    yield indices
-            return
         stop = len(order) - len(order) % total if self._drop_last else len(order)
-        for start in range(0, stop, total):
-            part = order[start : min(start + total, stop)]
+        for first in range(start * total, stop, total):
+            part = order[first : min(first + total, stop)]
             yield part if self.as_tensor else part.tolist()  # waits for nothing: the order is made on the CPU
+
+    def _drawn(self, start: int) -> Iterator[Any]:
+        """Yield what the user's sampler draws for each round: a list of indices, or of batches where these vary.
+
+        The first ``start`` rounds are drawn and left out, which reads no sample.
+        """
+        streams = OwnStreams(mix(self._seed, "sampler", self.epoch))
+        source: Any = self.sampler
+        size = self._num_processes
+        if self.batch_size is None:
+            source = self.sampler if self.batch_sampler is None else self.batch_sampler
+        else:
+            size *= self.batch_size
+        digest = hashlib.blake2b(digest_size=16)
+        self._digests.clear()
+        for number, drawn in enumerate(self._from_main(chunks(source, size, streams)), 1):
+            if self._drop_last and len(drawn) < size:
+                return
+            digest.update("".join(f"{index}," for index in drawn).encode())
+            self._digests.append((number, digest.hexdigest()))
+            if number > start:
+                yield drawn
+            elif number == start and self.digest_at_start not in (None, digest.hexdigest()) and self._process == 0:
+                warnings.warn(
+                    f"{_type_name(source)} has drawn other samples for epoch {self.epoch} than before the "
+                    "interruption, so some samples of this epoch will be seen twice and others not at all. Let it "
+                    "draw from the global streams or from a torch.Generator that it holds, or give it state_dict and "
+                    "load_state_dict.",
+                    stacklevel=2,
+                )
 
     def _from_main(self, rounds: Iterator[list[Any]]) -> Iterator[list[Any]]:
         """Yield the rounds that the main process has drawn: others may draw others, from generators of their own."""
@@ -299,6 +304,8 @@ class _RoundSampler:
     def _known_order(self) -> Tensor | None:
         """Return the order of the whole epoch where it is ours to say, as an int64 tensor."""
         sampler = self.sampler
+        if self.batch_size is None:
+            return None
         if type(sampler) is SequentialSampler:
             return torch.arange(len(sampler))
         if (
@@ -329,7 +336,7 @@ class _KeyedDataset:
         # Here and not in the main process: workers that persist keep a copy of the dataset.
         _tell_epoch(self.dataset, deal.epoch)
         try:
-            with _seeded(deal.seed):
+            with seeded(deal.seed):
                 batch = self._collate_fn(self._samples(deal.indices))
         except Exception as error:
             some, rest = list(deal.indices)[:16], len(deal.indices) - 16
@@ -345,6 +352,9 @@ class _KeyedDataset:
         if getattr(self.dataset, "__getitems__", None):
             return self.dataset.__getitems__(indices)
         return [self.dataset[index] for index in indices]
+
+
+_BEGINNING = (0, 0, 0, False, None)
 
 
 class _RoundStream(IterableDataset[_Fetched]):
@@ -365,23 +375,62 @@ class _RoundStream(IterableDataset[_Fetched]):
         # Shared memory reaches workers that persist, too.
         self.epoch: Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
+        self.resumption: dict[str, Any] | None = None
+        """For one epoch: its number, the worker whose turn it is, and how far each worker has come."""
+        self._worker: int | None = None
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the dataset can say where it is, and go on from there."""
+        return hasattr(self.dataset, "state_dict") and hasattr(self.dataset, "load_state_dict")
+
     def __iter__(self) -> Iterator[_Fetched]:
         epoch = int(self.epoch)
         _tell_epoch(self.dataset, epoch)
-        worker = get_worker_info()
-        key = (self._seed, "stream", epoch, worker.id if worker else 0)
+        resumption = self.resumption if self.resumption and self.resumption["epoch"] == epoch else None
+        worker = self._take_turn(resumption["next_worker"] if resumption else 0)
+        origin = _Origin(*resumption["workers"].get(worker, _BEGINNING)) if resumption else _Origin(*_BEGINNING)
+        if origin.is_exhausted:
+            return
         round_size = (self._batch_size or 1) * self._num_processes
+        key = (self._seed, "stream", epoch, worker)
         iterator: Iterator[Any] | None = None
-        for number in count():
-            with _seeded(mix(*key, number)):
+        if origin.state is not None:
+            self.dataset.load_state_dict(origin.state)
+            with seeded(mix(*key, 0)):
+                iterator = iter(self.dataset)
+        num_seen = -(-origin.num_items // round_size)  # rounds of another size, where the number of processes changed
+        first = num_seen if origin.state is not None else 0
+        num_items = origin.num_items if origin.state is not None else 0
+        for number in count(first):
+            with seeded(mix(*key, number)):
                 if iterator is None:
                     iterator = iter(self.dataset)
                 samples = list(islice(iterator, round_size))
             if not samples or (self._drop_last and len(samples) < round_size):
                 return
-            with _seeded(mix(*key, number, self._process)):
+            num_items += len(samples)
+            if number < num_seen:
+                continue  # read before the interruption, and read again because the dataset cannot go on from there
+            with seeded(mix(*key, number, self._process)):
                 fetched = self._collate(samples)
-            yield fetched
+            state = copy.deepcopy(self.dataset.state_dict()) if self.has_state else None
+            origin = _Origin(worker, number + 1, num_items, len(samples) < round_size, state)
+            yield fetched._replace(origin=origin)
+
+    def _take_turn(self, next_worker: int) -> int:
+        """Return the number of this worker; torch asks worker 0 first, which after an interruption is ``next_worker``.
+
+        The dataset sees it as ``get_worker_info().id``.
+        """
+        info: Any = get_worker_info()
+        if info is None:
+            return 0
+        if self._worker is None:
+            self._worker = int(info.id)
+        worker = (self._worker + next_worker) % int(info.num_workers)
+        object.__setattr__(info, "id", worker)  # its own __setattr__ refuses everything
+        return worker
 
     def _collate(self, samples: list[Any]) -> _Fetched:
         share = _share(len(samples), self._batch_size or 1, self._process, self._num_processes)
@@ -420,6 +469,35 @@ class ShardedDataLoader:
         self.round_samples = 0
         self.has_samples = True
         self.is_last = False
+        self._start = 0
+        self._origins: dict[int, _Origin] = {}
+        self._last_worker = -1
+
+    @property
+    def resume_note(self) -> str | None:
+        """Say in words what going on in the middle of an epoch costs; None where it is exact and costs nothing."""
+        return None
+
+    def state_dict(self, num_steps: int | None) -> dict[str, Any]:
+        """Return what it takes to go on elsewhere, besides the number of the step.
+
+        Args:
+            num_steps: steps of the epoch in progress that the loop has gone through; None between epochs.
+        """
+        origins = {} if num_steps is None else {worker: tuple(origin) for worker, origin in self._origins.items()}
+        return {"origins": origins, "last_worker": self._last_worker}
+
+    def go_on(self, epoch: int, num_steps: int | None, state_dict: dict[str, Any]) -> None:
+        """Let the next pass begin where another process stopped.
+
+        Args:
+            epoch: the epoch that was in progress.
+            num_steps: steps of it to leave out, in batches of this loader; None between epochs.
+            state_dict: what ``state_dict`` returned there.
+        """
+        self._start = num_steps or 0
+        self._origins = {worker: _Origin(*origin) for worker, origin in state_dict["origins"].items()}
+        self._last_worker = state_dict["last_worker"]
 
     @property
     def num_steps(self) -> int | None:
@@ -445,9 +523,23 @@ class ShardedDataLoader:
             raise TypeError(f"{type(self.dataloader).__name__} over {_name_of(self.dataloader)} has no known length")
         return self.num_steps
 
+    @property
+    def num_dataset_samples(self) -> int | None:
+        """Return the samples in the dataset; None where it has no length, or is not known."""
+        try:
+            return len(self.dataloader.dataset)
+        except (AttributeError, TypeError, NotImplementedError):
+            return None
+
     def iterate(self, epoch: int) -> Generator[Any, None, None]:
-        """Yield the batches of epoch ``epoch``."""
-        for fetched in self._fetch(epoch):
+        """Yield the batches of epoch ``epoch``, after an interruption those that are left of it."""
+        start, self._start = self._start, 0
+        if not start:
+            self._origins, self._last_worker = {}, -1
+        for fetched in self._fetch(epoch, start):
+            if fetched.origin is not None:
+                self._last_worker = fetched.origin.worker
+                self._origins[self._last_worker] = fetched.origin
             batch = fetched.batch
             if self._places:
                 batch = send_to_device(batch, self._accelerator.device, non_blocking=self._non_blocking)
@@ -460,7 +552,7 @@ class ShardedDataLoader:
                 self.round_samples = fetched.round_samples
             yield batch
 
-    def _fetch(self, epoch: int) -> Iterator[_Fetched]:
+    def _fetch(self, epoch: int, start: int) -> Iterator[_Fetched]:
         raise NotImplementedError
 
     def _count(self, batch: Any) -> None:
@@ -482,6 +574,7 @@ class _KeyedLoader(ShardedDataLoader):
         arguments: dict[str, Any] = {
             name: getattr(dataloader, name)
             for name in ("num_workers", "pin_memory", "timeout", "persistent_workers", "in_order")
+            if hasattr(dataloader, name)  # torchdata 0.11's loaders have no in_order
         }
         if dataloader.num_workers > 0:
             arguments["prefetch_factor"] = dataloader.prefetch_factor
@@ -518,16 +611,59 @@ class _KeyedLoader(ShardedDataLoader):
         num_samples = len(self.dataloader.dataset)
         return int(num_samples // total if self.dataloader.drop_last else -(-num_samples // total))
 
-    def _fetch(self, epoch: int) -> Iterator[_Fetched]:
+    @property
+    def resume_note(self) -> str | None:
+        """Say in words what going on in the middle of an epoch costs; None where it is exact and costs nothing."""
+        if self._stream is None or self._stream.has_state:
+            return None
+        return (
+            f"{_name_of(self.dataloader)} has no state_dict and load_state_dict: after an interruption within an "
+            "epoch it is read from the beginning again, and the samples that were used before are thrown away. That "
+            "is exact if it yields the same samples each time."
+        )
+
+    def state_dict(self, num_steps: int | None) -> dict[str, Any]:
+        """Return what it takes to go on elsewhere, besides the number of the step; see the base class."""
+        state = super().state_dict(num_steps)
+        if self._sampler is not None:
+            # With its last batch an epoch has drawn all it will.
+            state |= self._sampler.state_dict(None if self.is_last else num_steps)
+        return state | {"num_workers": self._loader.num_workers}
+
+    def go_on(self, epoch: int, num_steps: int | None, state_dict: dict[str, Any]) -> None:
+        """Let the next pass begin where another process stopped; see the base class.
+
+        Raises:
+            ValueError: if a stream is divided between another number of workers.
+        """
+        super().go_on(epoch, num_steps, state_dict)
+        num_workers = self._loader.num_workers
+        if self._sampler is not None:
+            if len(state_dict.get("samplers", ())) == len(self._sampler.parts):
+                set_states_of(self._sampler.parts, state_dict["samplers"])
+            self._sampler.digest_at_start = state_dict.get("digest")
+        elif num_steps:
+            assert self._stream is not None
+            if max(num_workers, 1) != max(state_dict["num_workers"], 1):
+                raise ValueError(
+                    f"the epoch was begun with num_workers={state_dict['num_workers']} and cannot go on with "
+                    f"num_workers={num_workers}: {_name_of(self.dataloader)} is iterable, so its samples are divided "
+                    f"between the workers. Use num_workers={state_dict['num_workers']}."
+                )
+            next_worker = (self._last_worker + 1) % max(num_workers, 1)
+            self._stream.resumption = {"epoch": epoch, "next_worker": next_worker, "workers": state_dict["origins"]}
+
+    def _fetch(self, epoch: int, start: int) -> Iterator[_Fetched]:
         self._generator.manual_seed(mix(self._seed, "workers", epoch))
         if self._sampler is not None:
             self._sampler.epoch = epoch
             self._sampler.limit = self.limit
+            self._sampler.start = start
             yield from self._loader
         else:
             assert self._stream is not None
             self._stream.epoch.fill_(epoch)
-            yield from _mark_last(self._loader, self.limit)
+            yield from _mark_last(self._loader, self.limit, start)
 
 
 class _ForeignLoader(ShardedDataLoader):
@@ -542,26 +678,80 @@ class _ForeignLoader(ShardedDataLoader):
     def __init__(self, dataloader: Any, accelerator: Accelerator, seed: int) -> None:
         super().__init__(dataloader, accelerator, seed)
         self._is_divided = isinstance(dataloader, DataLoaderShard | DataLoaderDispatcher)
+        self._states: list[dict[str, Any]] | None = None  # of the samplers when the epoch began
 
     def _length(self) -> int:
         return len(self.dataloader) if self._is_divided else -(-len(self.dataloader) // self._accelerator.num_processes)
 
-    def _fetch(self, epoch: int) -> Iterator[_Fetched]:
+    @property
+    def _has_state(self) -> bool:
+        # Accelerate's loaders have the methods, and nothing behind them unless they hold a stateful loader.
+        is_own = not self._is_divided or self.dataloader.use_stateful_dataloader
+        return is_own and hasattr(self.dataloader, "state_dict") and hasattr(self.dataloader, "load_state_dict")
+
+    @property
+    def _parts(self) -> list[Any]:
+        return [getattr(self.dataloader, name, None) for name in ("sampler", "batch_sampler")]
+
+    @property
+    def resume_note(self) -> str | None:
+        """Say in words what going on in the middle of an epoch costs; None where it is exact and costs nothing."""
+        name = _type_name(self.dataloader)
+        if not self._has_state:
+            return (
+                f"{name} iterates in its own way and has no state_dict and load_state_dict: after an interruption "
+                "within an epoch its batches are made from the beginning again, and those that were used before are "
+                "thrown away. That is exact if it makes the same batches each time."
+            )
+        if getattr(self.dataloader, "num_workers", 0):
+            return (
+                f"{name} iterates in its own way, with workers: after an interruption within an epoch it goes on with "
+                "the right samples, but what the dataset draws at random in the workers (augmentation) differs."
+            )
+        return None
+
+    def state_dict(self, num_steps: int | None) -> dict[str, Any]:
+        """Return what it takes to go on elsewhere, besides the number of the step; see the base class."""
+        is_between = num_steps is None or self._states is None or self.is_last
+        return super().state_dict(num_steps) | {"samplers": states_of(self._parts) if is_between else self._states}
+
+    def go_on(self, epoch: int, num_steps: int | None, state_dict: dict[str, Any]) -> None:
+        """Let the next pass begin where another process stopped; see the base class."""
+        super().go_on(epoch, num_steps, state_dict)
+        if len(state_dict.get("samplers", ())) == len(self._parts):
+            set_states_of(self._parts, state_dict["samplers"])
+
+    def _fetch(self, epoch: int, start: int) -> Iterator[_Fetched]:
         loader = self.dataloader
-        for part in (loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler"))):
+        for part in (loader, *self._parts):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         _tell_epoch(getattr(loader, "dataset", None), epoch)
-        seed = mix(self._seed, "foreign", epoch)
-        if not self._is_divided:
-            rounds = _chunks(loader, self._accelerator.num_processes, seed)
-            yield from _mark_last((self._deal(batches) for batches in rounds), self.limit)
-            return
+        self._states = states_of(self._parts)
         try:
-            yield from _mark_last((self._without_repeats(batch) for [batch] in _chunks(loader, 1, seed)), self.limit)
+            yield from _mark_last(self._rounds(epoch, start), self.limit, start)
         finally:
-            # A loader left before its end stays on Accelerate's global list of loaders in use (accelerate#4248).
-            loader.end()
+            if self._is_divided:
+                # A loader left before its end stays on Accelerate's global list of loaders in use (accelerate#4248).
+                loader.end()
+
+    def _rounds(self, epoch: int, start: int) -> Iterator[_Fetched]:
+        streams = OwnStreams(mix(self._seed, "foreign", epoch))
+        first = 0
+        if start and self._has_state and (state := self._origins[0].state) is not None:
+            self.dataloader.load_state_dict(state["loader"])
+            streams.load_state_dict(state["streams"])
+            first = start
+        size = 1 if self._is_divided else self._accelerator.num_processes
+        for number, batches in enumerate(chunks(self.dataloader, size, streams), first + 1):
+            if number <= start:
+                continue  # used before the interruption, and made again because the loader cannot go on from there
+            state = None
+            if self._has_state:
+                # Now, because the next batch will have been made when this one is used.
+                state = {"loader": copy.deepcopy(self.dataloader.state_dict()), "streams": streams.state_dict()}
+            fetched = self._without_repeats(batches[0]) if self._is_divided else self._deal(batches)
+            yield fetched._replace(origin=_Origin(0, number, number, is_exhausted=False, state=state))
 
     def _deal(self, batches: list[Any]) -> _Fetched:
         """Return this process's batch of a round."""
@@ -581,11 +771,13 @@ class _ForeignLoader(ShardedDataLoader):
         return _Fetched(slice_tensors(batch, slice(0, max(left, 1))), None if left else 0, None, is_last=False)
 
 
-def _mark_last(items: Iterable[_Fetched], limit: int | None) -> Iterator[_Fetched]:
-    """Yield at most ``limit`` items, looking one ahead to mark the last."""
+def _mark_last(items: Iterable[_Fetched], limit: int | None, start: int) -> Iterator[_Fetched]:
+    """Yield items up to number ``limit``, looking one ahead to mark the last; the first is number ``start``."""
+    if limit is not None and start >= limit:
+        return
     iterator = iter(items)
     upcoming = next(iterator, None)
-    for number in count(1):
+    for number in count(start + 1):
         if upcoming is None:
             return
         item = upcoming
@@ -610,7 +802,9 @@ def shard_dataloader(dataloader: Any, accelerator: Accelerator, seed: int) -> Sh
             "Accelerate is configured with split_batches=True, but per_device_batch_size counts the samples of one "
             "process. Leave split_batches out and divide the batch size by the number of processes."
         )
-    own_way = type(dataloader).__iter__ is not DataLoader.__iter__
+    # torchdata's StatefulDataLoader describes its batches as a DataLoader does; what it adds to that we do ourselves.
+    maker: Any = type(dataloader).__iter__
+    own_way = maker is not DataLoader.__iter__ and not maker.__module__.startswith("torchdata.stateful_dataloader")
     loader = (_ForeignLoader if own_way else _KeyedLoader)(dataloader, accelerator, seed)
     if loader.num_steps == 0:
         try:

@@ -196,6 +196,76 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     return bool(flags.item() > 0)  # waits for the device: the caller goes one way or the other by the answer
 
 
+def gather_rows(accelerator: Accelerator, value: T) -> list[T]:
+    """Return ``value`` of each process, on every process. Collective; ``value`` must be picklable and on the CPU."""
+    if accelerator.num_processes == 1:
+        return [value]
+    rows: list[T] = gather_object([value])
+    return rows
+
+
+def on_main_process(accelerator: Accelerator, function: Callable[[], T], failure: type[Exception]) -> T:
+    """Return what ``function``, called on the main process, returns there, on every process. Collective.
+
+    Raises:
+        Exception: what ``function`` raised, on the main process; ``failure`` with the same words on the others.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+    result, message = broadcast_from_main(accelerator, (result, None if error is None else str(error)))
+    if error is not None:
+        raise error
+    if message is not None:
+        raise failure(message)
+    return result  # type: ignore[return-value]  # None only if the function returns it
+
+
+class PeriodicAgreement:
+    """Let processes agree on what to do about once a second, without an exchange in every step."""
+
+    def __init__(self, accelerator: Accelerator, seconds: float = 1.0, max_calls: int = 256) -> None:
+        """Begin with an exchange at the next call.
+
+        Args:
+            accelerator: the processes.
+            seconds: the time that should lie between two exchanges.
+            max_calls: calls after which there is an exchange even if they took less.
+        """
+        self._accelerator = accelerator
+        self._seconds = seconds
+        self._max_calls = max_calls
+        self.restart()
+
+    def restart(self) -> None:
+        """Let the next call exchange: what comes may take longer than what was. Every process must do the same."""
+        self._num_calls, self._left = 1, 1
+        self._last = time.monotonic()
+
+    def ask(self, *values: int) -> tuple[int, ...] | None:
+        """Return the largest value on any process for each of ``values``; None where it is not yet time to ask.
+
+        Collective where it is time; every process must call it in the same steps. Waits for the device then.
+        """
+        if self._accelerator.num_processes == 1:
+            return values
+        self._left -= 1
+        if self._left > 0:
+            return None
+        now = time.monotonic()
+        per_call = (now - self._last) / self._num_calls
+        upcoming = int(min(self._seconds / max(per_call, 1e-6), 2 * self._num_calls, self._max_calls))
+        row = torch.tensor([[*values, max(upcoming, 1)]], device=self._accelerator.device)
+        rows = self._accelerator.gather(row).tolist()  # waits for the device, about once a second
+        self._num_calls = self._left = rows[0][-1]  # the main process says when to ask again
+        self._last = now
+        return tuple(max(column) for column in zip(*(row[:-1] for row in rows), strict=True))
+
+
 def broadcast_from_main(accelerator: Accelerator, value: T) -> T:
     """Return the main process's ``value`` on every process. Collective; ``value`` must be picklable."""
     if accelerator.num_processes == 1:

@@ -8,7 +8,12 @@
         ├── BatchError             a batch, or what a hook made of it, is not what was expected
         ├── NonFiniteError         a loss or a gradient is infinite or not a number
         ├── LaunchError            the processes of the launcher and those of Accelerate differ
-        └── ProcessFailedError     another process failed, which is why this one cannot go on
+        ├── ProcessFailedError     another process failed, which is why this one cannot go on
+        └── CheckpointError        a checkpoint cannot be written, or is damaged
+            └── CheckpointMismatchError   a checkpoint is of another model, optimizer, dataset or batch size
+
+    SystemExit
+    └── TrainingInterrupted        not a failure: the run was asked to stop, has saved its state, and is leaving
 
 Wrong arguments raise the built-in ``ValueError`` or ``TypeError``. Exceptions of the user's own code keep their type
 and traceback and receive a note that says where in the run they happened.
@@ -18,6 +23,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class TrainerError(Exception):
@@ -47,6 +53,35 @@ class LaunchError(TrainerError, RuntimeError):
 
 class ProcessFailedError(TrainerError, RuntimeError):
     """Report the failure of another process of the same run."""
+
+
+class CheckpointError(TrainerError):
+    """Report a checkpoint that could not be written, is not there, or is damaged."""
+
+
+class CheckpointMismatchError(CheckpointError, ValueError):
+    """Report a checkpoint that belongs to another model, optimizer, dataset, batch size or seed than the run's."""
+
+
+class TrainingInterrupted(SystemExit):
+    """Leave a training run that was asked to stop, once its state is saved.
+
+    Raised by ``SaveTrainingStateCallback`` on every process, after a signal or at the end of its time budget. Nobody
+    has to catch it: a script ends with ``code`` and prints no traceback. It is no ``Exception``, so that ``except
+    Exception`` does not take it for a failure.
+    """
+
+    def __init__(self, reason: str, code: int, checkpoint: Path) -> None:
+        """Store why, and what was saved.
+
+        Args:
+            reason: the name of the signal, ``"time budget"``, or ``"launcher gone"``.
+            code: the exit code: 130 after SIGINT, else 143.
+            checkpoint: the directory that holds the state of the run.
+        """
+        super().__init__(code)
+        self.reason = reason
+        self.checkpoint = checkpoint
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import find_batch_size, recursively_apply
+from accelerate.utils import find_batch_size, recursively_apply, send_to_device
 from torch import Tensor, nn
 
 from pytorch_accelerated import distributed
@@ -178,6 +178,39 @@ def update_metrics(metrics: Metric | MetricCollection, batch: Any, batch_output:
     metrics.update(recursively_apply(lambda tensor: tensor.detach(), predictions), targets)
 
 
+def _pack_metrics(metrics: Metric | MetricCollection) -> dict[str, Any]:
+    """Return the states of a metric and of those inside it, by name."""
+    from torchmetrics import Metric, MetricCollection
+
+    for module in metrics.modules():
+        if isinstance(module, MetricCollection):
+            module.items(copy_state=True)  # some members share the states of another, which fills theirs
+    return {
+        name: {"states": part.metric_state, "num_updates": part.update_count}
+        for name, part in metrics.named_modules()
+        if isinstance(part, Metric)
+    }
+
+
+def _add_packed_metrics(metrics: Metric | MetricCollection, packed: dict[str, Any]) -> None:
+    """Add to metrics the states that ``_pack_metrics`` returned on another process, or before an interruption."""
+    from torchmetrics import Metric
+
+    for name, part in metrics.named_modules():
+        if not isinstance(part, Metric) or name not in packed:
+            continue
+        states, num_updates = packed[name]["states"], packed[name]["num_updates"]
+        states = send_to_device(states, part.device)
+        if part.update_count > 0 and num_updates > 0:
+            part._update_count += num_updates  # torchmetrics 1.9 has no setter
+            part.merge_state(states)
+        elif num_updates > 0:
+            for attribute, value in states.items():
+                setattr(part, attribute, value)
+            part._update_count = num_updates
+        part._computed = None
+
+
 _NO_BATCH = object()
 
 
@@ -211,16 +244,41 @@ class DataPass:
             self.metrics.reset()
         self._accelerator = accelerator
         self._window = window
-        if window is not None:
-            window.begin_epoch(loader.num_steps)
         self._num_items: Number = 0
         self._total_items: int | None = None
         self._loss_sum = LossSum(accelerator.device)
         self._counts_items: bool | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the pass has summed up on this process: losses, and states of metrics."""
+        metrics = None if self.metrics is None else _pack_metrics(self.metrics)
+        return {
+            "loss": self._loss_sum.state_dict(),
+            "counts_items": self._counts_items,
+            "metrics": metrics,
+        }
+
+    def go_on(self, num_steps: int, state_dicts: list[dict[str, Any]]) -> None:
+        """Go on where another process stopped; the loader is told apart.
+
+        Args:
+            num_steps: steps of the epoch that were made, in batches of this pass.
+            state_dicts: what ``state_dict`` returned on the processes whose sums are to be this one's: usually one,
+                fewer or more where the number of processes has changed.
+        """
+        self.step = num_steps - 1
+        for state_dict in state_dicts:
+            self._loss_sum.add_state_dict(state_dict["loss"])
+            self._counts_items = state_dict["counts_items"]
+            if self.metrics is not None and state_dict["metrics"] is not None:
+                _add_packed_metrics(self.metrics, state_dict["metrics"])
+
     def iterate(self, epoch: int) -> Generator[Any, None, None]:
-        """Yield the batches of an epoch, and keep track of where the pass is."""
+        """Yield the batches of an epoch that are left, and keep track of where the pass is."""
         self._is_iterating = True
+        if self._window is not None:
+            num_steps = self.loader.num_steps
+            self._window.begin_epoch(None if num_steps is None else num_steps - self.step - 1)
         for batch in self.loader.iterate(epoch):
             self.step += 1
             self._batch = batch

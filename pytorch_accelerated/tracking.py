@@ -148,7 +148,8 @@ class RunHistory:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Replace counters and metrics by those of ``state_dict``."""
-        self.counters = RunCounters(**state_dict["counters"])
+        # In place: a loop that is under way counts in the same object.
+        vars(self.counters).update(dataclasses.asdict(RunCounters(**state_dict["counters"])))
         self._values = {name: [value for value, _ in rows] for name, rows in state_dict["metrics"].items()}
         self._counters = {name: [dict(at) for _, at in rows] for name, rows in state_dict["metrics"].items()}
 
@@ -188,6 +189,16 @@ class LossSum:
         """Go back to zero."""
         self._loss.zero_()
         self._items.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums of this process, as a new tensor of shape (2,)."""
+        return {"sums": torch.stack((self._loss, self._items))}
+
+    def add_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Add the sums that ``state_dict`` returned, here or on another process."""
+        sums = state_dict["sums"].to(self._loss.device)
+        self._loss += sums[0]
+        self._items += sums[1]
 
     def update(self, loss: Tensor, num_items: Number) -> None:
         """Add one batch.

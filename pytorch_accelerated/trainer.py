@@ -32,21 +32,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pytorch_accelerated import data, distributed
-from pytorch_accelerated.callbacks import DEFAULT_CALLBACKS, CallbackHandler, TrainerCallback
+from pytorch_accelerated import checkpoint, data, distributed, randomness
+from pytorch_accelerated.callbacks import (
+    DEFAULT_CALLBACKS,
+    CallbackHandler,
+    SaveTrainingStateCallback,
+    TrainerCallback,
+    WSDCheckpointCallback,
+)
 from pytorch_accelerated.callbacks.base import ACCEPTED_SPELLINGS, EVENTS
 from pytorch_accelerated.callbacks.limits import limit_from_environment
 from pytorch_accelerated.engine import Engine, raw_optimizer
-from pytorch_accelerated.errors import StopTrainingError, refuse_near_misses
+from pytorch_accelerated.errors import CheckpointError, StopTrainingError, TrainingInterrupted, refuse_near_misses
 from pytorch_accelerated.passes import (
     BatchOutput,
     DataPass,
@@ -62,7 +67,8 @@ from pytorch_accelerated.run_config import (
     check_trainer_arguments,
     resolve_placeholders,
 )
-from pytorch_accelerated.tracking import AccumulationWindow, RunHistory
+from pytorch_accelerated.runs import Suspended, TrainingRun, choose_seed, create_eval_loaders, create_training_run
+from pytorch_accelerated.tracking import RunHistory
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -129,6 +135,7 @@ class Trainer:
     collate_fn: Callable[[Any], Any] | None
     create_scheduler_fn: Callable[..., Any] | None
     is_training_run: bool
+    num_runs_started: int
     data_pass: DataPass | None  # the pass over data in progress: its length, the samples of its step, its loss so far
     gradient_norm: Tensor | None  # of the last update, before clipping; None where norms are not clipped
 
@@ -183,13 +190,9 @@ class Trainer:
         self.is_training_run = False
         self.data_pass = self.gradient_norm = None
 
-        self._train_dataloader: data.ShardedDataLoader | None = None
-        self._eval_dataloaders: dict[str | None, data.ShardedDataLoader] = {}
+        self.num_runs_started = 0
+        self._run: TrainingRun | None = None
         self._engine = Engine(self.accelerator)
-        self._window: AccumulationWindow | None = None
-        self._epoch_limit: int | None = None
-        self._update_limit: int | None = None
-        self._num_runs_started = 0
         self._update_is_skipped = False
 
         self.callback_handler = CallbackHandler(callbacks or (), self.EVENTS)
@@ -216,6 +219,7 @@ class Trainer:
         eval_dataloader_kwargs: Mapping[str, Any] | None = None,
         reset_run_history: bool = True,
         collate_fn: Callable[[Any], Any] | None = None,
+        resume_from: str | Path | None = None,
     ) -> RunHistory:
         """Train the model, evaluating it after each epoch.
 
@@ -236,11 +240,17 @@ class Trainer:
             reset_run_history: whether history and counters begin anew. If not, epochs and updates are counted on from
                 the last run, and the limits are counted from here.
             collate_fn: makes a batch of a list of samples; None for torch's default.
+            resume_from: ``"latest"`` goes on from the newest whole checkpoint where ``SaveTrainingStateCallback``
+                saves, and begins anew where there is none; a directory of checkpoints likewise; a checkpoint goes on
+                from exactly that one. The limits are targets that count from the beginning of the interrupted run: a
+                finished run trains no more.
 
         Returns:
             The run history.
 
         Raises:
+            CheckpointError: if there is nothing at ``resume_from``, or nothing whole.
+            CheckpointMismatchError: if it is of another model, optimizer, dataset, batch size or seed.
             TypeError: if an argument is of a wrong type, or a DataLoader argument unknown.
             ValueError: if there is nothing to train on, nothing to train with, or no end to the training.
             NonFiniteError: with the default callbacks, if a loss or a gradient is infinite or NaN.
@@ -261,7 +271,10 @@ class Trainer:
         self.train_dataset, self.eval_dataset, self.collate_fn = train_dataset, eval_dataset, collate_fn
         self.create_scheduler_fn = create_scheduler_fn
         with distributed.failing_together(self.accelerator):
-            self._prepare_run(
+            found = None if resume_from is None else self._find_checkpoint(resume_from)
+            run = self._run = create_training_run(
+                self,
+                found,
                 num_epochs=num_epochs,
                 max_num_train_steps=max_num_train_steps,
                 train_per_device_batch_size=per_device_batch_size,
@@ -272,18 +285,26 @@ class Trainer:
                 gradient_clip_value=gradient_clip_value,
                 gradient_clip_norm=gradient_clip_norm,
             )
-            if reset_run_history:
+            self._engine.check_what_moves(has_schedule=self.scheduler is not None)
+            self.num_runs_started += 1
+            if found is not None:
+                self._begin_to_resume(found)
+            elif reset_run_history:
                 self.run_history.reset()
-            self._epoch_limit = num_epochs and self.current_epoch + num_epochs
-            self._update_limit = max_num_train_steps and self.num_updates + max_num_train_steps
+            counters = self.run_history.counters
+            run.set_limits(counters, self.run_config)
             with self._running("on_train_run_end", is_training=True):
                 try:
                     self.training_run_start()
                     self._event("on_train_run_begin")
-                    while not self._is_finished():
-                        self._run_train_epoch()
-                        self.run_evaluation(is_intermediate=False)
+                    if not run.is_in_epoch:
+                        self._take_up()
+                    while not run.is_finished(counters):
+                        if run.is_in_epoch or run.pending_evaluation is None:
+                            self._run_train_epoch()
+                        self._run_pending_evaluation()
                 except StopTrainingError as error:
+                    run.is_stopped = True
                     self._event("on_stop_training_error", exception=error)
                 self.training_run_end()
         return self.run_history
@@ -311,8 +332,8 @@ class Trainer:
             raise ValueError("evaluate needs a dataset, got None.")
         with distributed.failing_together(self.accelerator), self._setting(eval_dataset=dataset, collate_fn=collate_fn):
             kwargs = dict(dataloader_kwargs or {})
-            self._prepare_model_and_optimizer()
-            loaders = self._create_eval_dataloaders(per_device_batch_size, kwargs, self._choose_seed())
+            self.prepare_model_and_optimizer()
+            loaders = create_eval_loaders(self, per_device_batch_size, kwargs, choose_seed(self))
             config = TrainerRunConfig.of_run(
                 self.accelerator,
                 eval_per_device_batch_size=data.common_batch_size(loaders.values()),
@@ -357,11 +378,11 @@ class Trainer:
             raise ValueError("predict returns outputs in the order of the dataset, so it cannot take shuffle=True.")
         processes = distributed.failing_together(self.accelerator)
         with processes, self._setting(predict_dataset=dataset, collate_fn=collate_fn):
-            self._prepare_model_and_optimizer()
+            self.prepare_model_and_optimizer()
             dataloader = self.create_predict_dataloader(per_device_batch_size, kwargs)
             if data.is_shuffled(dataloader):
                 raise ValueError("predict returns outputs in the order of the dataset, but its DataLoader shuffles.")
-            loader = data.shard_dataloader(dataloader, self.accelerator, self._choose_seed())
+            loader = data.shard_dataloader(dataloader, self.accelerator, choose_seed(self))
             outputs: list[Any] = []
             with self._running("on_prediction_run_end"), self._evaluating("predicting", loader) as data_pass:
                 self.prediction_run_start()
@@ -385,16 +406,25 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _run_train_epoch(self) -> None:
-        loader, window, counters = self._train_dataloader, self._window, self.run_history.counters
-        assert loader is not None and window is not None, "train() has made them"
-        counters.current_epoch += 1
-        data_pass = self.data_pass = DataPass("training", loader, self.accelerator, self.metrics, window)
+        run, counters = self.training_run, self.run_history.counters
+        loader, window = run.loader, run.window
+        data_pass = self.data_pass = run.data_pass = DataPass(
+            "training", loader, self.accelerator, self.metrics, window
+        )
+        if run.is_in_epoch:
+            data_pass.go_on(run.num_steps_in_epoch, run.pass_states)
+        else:
+            counters.current_epoch += 1
+            run.is_in_epoch, run.is_epoch_exhausted, run.num_steps_in_epoch = True, False, 0
         accumulation_steps = self.run_config.gradient_accumulation_steps
         self.train_epoch_start()
         self._event("on_train_epoch_begin")
+        self._take_up()
+        self._run_pending_evaluation()
         self.model = self._engine.follow_freezing()
+        is_over = run.is_epoch_exhausted or run.is_out_of_updates(counters)  # after an interruption
         with contextlib.closing(data_pass.iterate(counters.current_epoch)) as batches:
-            for batch in batches:
+            for batch in batches if not is_over else ():
                 is_update = window.begin_step(loader.is_last)
                 with self._engine.gradient_sync(is_update, accumulation_steps):
                     self._event("on_train_step_begin")
@@ -412,9 +442,11 @@ class Trainer:
                     if is_applied := self._count_update():
                         self.scheduler_step()
                     self.optimizer_zero_grad()
+                    run.num_steps_in_epoch, run.is_epoch_exhausted = data_pass.step + 1, loader.is_last
                     if is_applied:
                         self._event("on_train_update_end")
-                    if counters.num_updates == self._update_limit:
+                        self._run_pending_evaluation()
+                    if run.is_out_of_updates(counters):
                         break
         self._engine.refuse_freezing_within_epoch()
         if data_pass.step < 0:
@@ -422,23 +454,44 @@ class Trainer:
                 f"epoch {counters.current_epoch} gave no batch: the training data yields nothing (any more)."
             )
         self._record("train_loss_epoch", "train")
+        run.is_in_epoch, run.pending_evaluation = False, "final"
         self.train_epoch_end()
         self._event("on_train_epoch_end")
 
     def run_evaluation(self, is_intermediate: bool = True) -> None:
-        """Evaluate on the evaluation sets of the training run, and go on as if nothing had happened.
+        """Evaluate at once on the evaluation sets of the training run, and go on as if nothing had happened.
 
         The mode of each module, the random streams and the position in the training data are left as they were found.
+        In a callback ``request_evaluation`` is better: a run can be interrupted and resumed within what it asks for.
 
         Args:
             is_intermediate: passed to the callbacks; False for the evaluation at the end of an epoch.
         """
-        for name, loader in self._eval_dataloaders.items():
+        run = self.training_run
+        first = run.num_evaluated if run.is_evaluating else 0  # after an interruption the sets that are left
+        for name, loader in list(run.eval_loaders.items())[first:]:
             prefix = f"eval_{name}" if name else "eval"
             self._run_eval_epoch(loader, f"{prefix}_loss_epoch", prefix, name, is_intermediate)
 
+    def request_evaluation(self) -> None:
+        """Ask for an evaluation once all callbacks have heard of the update; call it in ``on_train_update_end``."""
+        self.training_run.pending_evaluation = "intermediate"
+
+    def _run_pending_evaluation(self) -> None:
+        run = self.training_run
+        if run.pending_evaluation is None:
+            return
+        run.is_evaluating = True
+        self.run_evaluation(is_intermediate=run.pending_evaluation == "intermediate")
+        run.is_evaluating, run.pending_evaluation, run.num_evaluated = False, None, 0
+
     def _run_eval_epoch(
-        self, loader: data.ShardedDataLoader, loss_name: str, prefix: str, name: str | None, is_intermediate: bool
+        self,
+        loader: data.ShardedDataLoader,
+        loss_name: str,
+        prefix: str,
+        name: str | None,
+        is_intermediate: bool,
     ) -> dict[str, Any]:
         facts = {"eval_name": name, "is_intermediate": is_intermediate}
         with self._evaluating("evaluating", loader) as data_pass:
@@ -455,6 +508,8 @@ class Trainer:
                 which = f" {name!r}" if name else ""
                 raise ValueError(f"the evaluation set{which} gave no batch: it yields nothing (any more).")
             results = self._record(loss_name, prefix)
+            if self._run is not None and self._run.is_evaluating:
+                self._run.num_evaluated += 1
             self.eval_epoch_end()
             self._event("on_eval_epoch_end", **facts)
         return results
@@ -678,8 +733,118 @@ class Trainer:
         """Act when ``predict`` has come to its end, but did not fail. The default does nothing."""
 
     # ----------------------------------------------------------------------------------------------------------------
+    # State
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def save_training_state(self, save_dir: str | Path) -> Path:
+        """Save the state of the training run as the checkpoint ``save_dir``, and return its path. Collective.
+
+        The moments for it are those at which the callbacks have heard all there was to hear: best a callback of its
+        own, as ``SaveTrainingStateCallback``, which comes after all others.
+
+        Raises:
+            CheckpointError: if there is something at ``save_dir``, or it cannot be written; nothing is left behind.
+        """
+        snapshot, target = checkpoint.capture(self), Path(save_dir)
+
+        def write() -> None:
+            if snapshot is not None:  # it is on the main process, which alone is asked
+                snapshot.write(target)
+
+        distributed.on_main_process(self.accelerator, write, CheckpointError)
+        return target
+
+    def load_training_state(self, save_dir: str | Path) -> None:
+        """Load weights, optimizer, history and callbacks' states of a checkpoint, to look at them or to evaluate.
+
+        To go on training, use ``train(resume_from=...)``, which this does not replace.
+
+        Raises:
+            CheckpointError: if it is damaged or of another model; nothing has been changed then.
+        """
+        if self.is_training_run:
+            raise RuntimeError("load_training_state was called inside a training run; use train(resume_from=...).")
+        found = checkpoint.find(self.accelerator, Path(save_dir), [], self.print)
+        if found is None:
+            raise CheckpointError(f"{save_dir} holds no checkpoint.")
+        self.prepare_model_and_optimizer()
+        self._run = None
+        found.restore(self, is_final=True)
+
+    def save_model(self, path: str | Path) -> None:
+        """Save the weights alone, under the names that the user's module has for them. Collective.
+
+        Args:
+            path: a file that ends in ``.safetensors``, which safetensors reads, or in something else, which
+                ``torch.load`` reads; a file that is there is replaced at once or not at all.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        self.save_checkpoint(path, save_optimizer=False)
+
+    def save_checkpoint(
+        self,
+        save_path: str | Path,
+        checkpoint_kwargs: Mapping[str, Any] | None = None,
+        save_optimizer: bool | None = None,
+    ) -> None:
+        """Save the weights and, in a file of torch, the optimizer; to resume a run use checkpoints of its state.
+
+        Collective.
+
+        Args:
+            save_path: ends in ``.safetensors`` for the weights alone, in something else for a file of torch: a dict
+                with ``model_state_dict``, and ``optimizer_state_dict``.
+            checkpoint_kwargs: what else to put into that dict: plain data.
+            save_optimizer: None saves it where the file can hold it.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+            ValueError: if a file of safetensors is to hold more than weights.
+        """
+        checkpoint.save_portable(self, Path(save_path), checkpoint_kwargs, save_optimizer)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer: bool = True) -> None:
+        """Load weights, and the optimizer where the file has one.
+
+        Args:
+            checkpoint_path: what ``save_model`` or ``save_checkpoint`` wrote, a ``state_dict`` of torch, or a
+                checkpoint of a run.
+            load_optimizer: whether to load the optimizer, too, where it is there.
+
+        Raises:
+            CheckpointError: if it cannot be read.
+            CheckpointMismatchError: if it is of another model; nothing has been changed then.
+        """
+        checkpoint.load_portable(self, Path(checkpoint_path), load_optimizer)
+
+    def get_extra_state(self) -> Any:
+        """Return what else of a subclass must survive an interruption: plain data and tensors.
+
+        Called on the main process for each checkpoint of the run. The default returns None. Modules that the trainer
+        holds as attributes are saved by themselves.
+        """
+        return None
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take up what ``get_extra_state`` returned before the interruption; called on every process, twice."""
+
+    # ----------------------------------------------------------------------------------------------------------------
     # Conveniences
     # ----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def training_run(self) -> TrainingRun:
+        """Return where the training run stands, or the last one stood. Raises RuntimeError before the first."""
+        if self._run is None:
+            raise RuntimeError("there has been no training run yet.")
+        return self._run
+
+    @property
+    def has_training_run(self) -> bool:
+        """Return whether there is, or was, a training run."""
+        return self._run is not None
 
     @property
     def device(self) -> torch.device:
@@ -715,7 +880,7 @@ class Trainer:
     @property
     def last_epoch(self) -> int | None:
         """Return the number of the last epoch of the run; None where only updates limit it."""
-        return self._epoch_limit
+        return None if self._run is None else self._run.epoch_limit
 
     @property
     def has_samples(self) -> bool:
@@ -748,6 +913,11 @@ class Trainer:
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print, on the main process only."""
         self.accelerator.print(*args, **kwargs)
+
+    def prepare_model_and_optimizer(self) -> None:
+        """Let Accelerate place and wrap model and optimizer, unless it has; every run does it by itself."""
+        others = [value for value in vars(self).values() if isinstance(value, nn.Module) and value is not self.model]
+        self.model, self.optimizer = self._engine.prepare(self.model, self.optimizer, others)
 
     def skip_update(self) -> None:
         """Leave out the update about to be made; call it in ``on_optimizer_step_begin``, on every process alike."""
@@ -809,20 +979,24 @@ class Trainer:
         """Set the run up and clear up after it, tell callbacks of failures, and fire the end event whatever happens."""
         if is_training and self.seed is not None:
             process = self.accelerator.process_index
-            data.seed_all_streams(self.seed if process == 0 else data.mix(self.seed, "process", process))
-        with self._engine.in_use(), self._setting(is_training_run=is_training, data_pass=None):
+            randomness.seed_all_streams(self.seed if process == 0 else randomness.mix(self.seed, "process", process))
+        is_in_use, workers = self._engine.in_use(), data.workers_outlive_signals()
+        with is_in_use, workers, self._setting(is_training_run=is_training, data_pass=None):
             try:
                 yield
+            except TrainingInterrupted as interruption:
+                self.callback_handler.call_end_event(end_event, self, interruption, exception=interruption)
+                raise
             except BaseException as error:
                 self._locate(error)
                 distributed.report_failure(self.accelerator, error)  # before callbacks, which may wait for the others
                 self.callback_handler.call_end_event("on_exception", self, error, exception=error)
-                self.callback_handler.call_end_event(end_event, self, error)
+                self.callback_handler.call_end_event(end_event, self, error, exception=error)
                 raise
             finally:
                 self._update_is_skipped = False
             try:
-                self.callback_handler.call_end_event(end_event, self)
+                self.callback_handler.call_end_event(end_event, self, exception=None)
             except Exception as error:
                 self.callback_handler.call_end_event("on_exception", self, error, exception=error)
                 raise
@@ -830,19 +1004,28 @@ class Trainer:
     @contextlib.contextmanager
     def _evaluating(self, kind: str, loader: data.ShardedDataLoader) -> Iterator[DataPass]:
         """Go without gradients through ``loader``, and leave modes and random streams as they were."""
-        modes = [(module, module.training) for module in self.model.modules()]
+        modes = [(name, module, module.training) for name, module in self.model.named_modules()]
+        streams = randomness.get_streams(self.device)
         data_pass = DataPass(kind, loader, self.accelerator, self.metrics, window=None)
+        run = self._run
+        is_first = run is not None and run.suspended is None  # evaluations may be nested
+        if run is not None and is_first:
+            own = {name: module.training for name, module in self.get_model().named_modules()}
+            run.suspended = Suspended(own, streams)
         with self._setting(data_pass=data_pass):
             try:
                 # Not inference_mode: its tensors cannot be used in training, and compiled or sharded models refuse it.
-                with torch.no_grad(), data.random_streams_preserved(self.device):
+                with torch.no_grad():
                     yield data_pass
             except Exception as error:
                 self._locate(error)
                 raise
             finally:
-                for module, mode in modes:
+                randomness.set_streams(streams, self.device)
+                for _, module, mode in modes:
                     module.training = mode
+                if run is not None and is_first:
+                    run.suspended = None
 
     @contextlib.contextmanager
     def _setting(self, **attributes: Any) -> Iterator[None]:
@@ -854,72 +1037,22 @@ class Trainer:
         finally:
             vars(self).update(before)
 
-    def _is_finished(self) -> bool:
-        if self._epoch_limit is not None and self.current_epoch >= self._epoch_limit:
-            return True
-        return self._update_limit is not None and self.num_updates >= self._update_limit
+    def _find_checkpoint(self, resume_from: str | Path) -> checkpoint.Checkpoint | None:
+        savers = (SaveTrainingStateCallback, WSDCheckpointCallback)
+        directories = [callback.save_dir for callback in self.callback_handler if isinstance(callback, savers)]
+        return checkpoint.find(self.accelerator, resume_from, directories, self.print)
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # Private: setting up
-    # ----------------------------------------------------------------------------------------------------------------
+    def _begin_to_resume(self, found: checkpoint.Checkpoint) -> None:
+        """Give the state back before the hooks and callbacks of the run begin, so that they see where it is."""
+        found.check(self)
+        for note in found.notes(self):
+            self.print(f"Resuming with {note}")
+        found.restore(self, is_final=False)
+        self.print(f"Resuming from {found.path}: {found.describe()}.")
 
-    def _choose_seed(self) -> int:
-        """Return the seed of the data's order and randomness, the same on every process, drawing from no stream."""
-        if self.seed is not None:
-            return self.seed
-        # As nothing is drawn, a second run could find the streams as the first did; it must not repeat its order.
-        seed = data.mix(data.peek_at_torch_stream(), self._num_runs_started)
-        return distributed.broadcast_from_main(self.accelerator, seed)
-
-    def _create_eval_dataloaders(
-        self, batch_size: int, kwargs: dict[str, Any], seed: int
-    ) -> dict[str | None, data.ShardedDataLoader]:
-        if self.eval_dataset is None:
-            return {}
-        loaders: dict[str | None, data.ShardedDataLoader] = {}
-        for name, dataset in data.name_datasets(self.eval_dataset).items():
-            with self._setting(eval_dataset=dataset):
-                dataloader = self.create_eval_dataloader(batch_size, kwargs)
-            loaders[name] = data.shard_dataloader(dataloader, self.accelerator, data.mix(seed, "eval"))
-            loaders[name].limit = self.limit_eval_batches
-        return loaders
-
-    def _prepare_run(self, **facts: Any) -> None:
-        """Make loaders, run configuration and scheduler of a training run, and prepare model and optimizer."""
-        seed = self._choose_seed()
-        kwargs, eval_kwargs = facts["train_dl_kwargs"], facts["eval_dl_kwargs"]
-        dataloader = self.create_train_dataloader(facts["train_per_device_batch_size"], kwargs)
-        loader = self._train_dataloader = data.shard_dataloader(dataloader, self.accelerator, seed)
-        loader.limit = self.limit_train_batches
-        self._eval_dataloaders = self._create_eval_dataloaders(facts["eval_per_device_batch_size"], eval_kwargs, seed)
-        self._prepare_model_and_optimizer()
-
-        facts["train_per_device_batch_size"] = loader.batch_size
-        facts["eval_per_device_batch_size"] = data.common_batch_size(self._eval_dataloaders.values())
-        self.run_config = TrainerRunConfig.of_run(
-            self.accelerator,
-            train_dataloader_len=loader.num_steps,
-            eval_dataloader_len=data.total_length(self._eval_dataloaders.values()),
-            seed=seed,
-            **facts,
-        )
-        self.scheduler = self.create_scheduler()
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            raise TypeError(
-                "ReduceLROnPlateau moves by a metric, not once per update: leave create_scheduler_fn out, and call "
-                "its step in eval_epoch_end: "
-                "self.plateau.step(self.run_history.get_latest_metric('eval_loss_epoch'))."
-            )
-        self._engine.check_what_moves(has_schedule=self.scheduler is not None)
-        self._window = AccumulationWindow(
-            self.run_config.gradient_accumulation_steps,
-            self.accelerator.num_processes,
-            partial(distributed.reduce_sum, self.accelerator),
-            self.device,
-        )
-        self._num_runs_started += 1
-        raw_optimizer(self.optimizer).zero_grad()  # gradients that an interrupted run left behind
-
-    def _prepare_model_and_optimizer(self) -> None:
-        others = [value for value in vars(self).values() if isinstance(value, nn.Module) and value is not self.model]
-        self.model, self.optimizer = self._engine.prepare(self.model, self.optimizer, others)
+    def _take_up(self) -> None:
+        """Give the state back once more, just before the run goes on: hooks at its beginning may have changed it."""
+        run = self.training_run
+        if run.checkpoint is not None:
+            run.checkpoint.restore(self, is_final=True)
+            run.checkpoint = None

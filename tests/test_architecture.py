@@ -27,9 +27,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each line may import from the lines above it.
 LAYERS = [
-    {"_version", "errors"},
-    {"run_config", "tracking", "data", "distributed", "engine", "finetuning"},
-    {"passes", "schedulers", "callbacks"},
+    {"_version", "errors", "randomness"},
+    {"run_config", "tracking", "data", "distributed", "engine", "finetuning", "signals"},
+    {"passes", "schedulers"},
+    {"checkpoint", "runs"},
+    {"callbacks"},
     {"trainer"},
     {"integrations", "__init__"},
 ]
@@ -115,10 +117,10 @@ def test_the_trainer_reads_from_top_to_bottom() -> None:
         "Hooks that set up a run",
         "Hooks of a training run",
         "Hooks of evaluation and prediction runs",
+        "State",
         "Conveniences",
         "Private: one batch",
         "Private: a run",
-        "Private: setting up",
     ]
     positions = [source.index(f"    def {name}(") for name in Trainer.HOOKS if name != "update_metrics"]
     evaluation = Trainer.HOOKS.index("evaluation_run_start")

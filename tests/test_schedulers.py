@@ -262,15 +262,18 @@ def test_goes_on_to_the_bit_after_an_interruption_anywhere(kind: str, carry: Cal
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_rules_over_the_arguments_of_the_new_scheduler(kind: str) -> None:
+def test_the_state_is_a_position_and_the_schedule_is_the_new_ones(kind: str) -> None:
+    """A run that is resumed with other limits follows its own schedule, from where the other was."""
     factory, function = SCHEDULERS[kind]
-    state = factory(make_optimizer()).state_dict()
+    other = make_optimizer()
+    before = type(factory(make_optimizer()))(other, num_updates=5)
+    step(other, before)
     optimizer = make_optimizer()
     for group in optimizer.param_groups:
         group["lr"] = 7.0
-    scheduler = type(factory(make_optimizer()))(optimizer, num_updates=5)
-    scheduler.load_state_dict(state)
-    assert step(optimizer, scheduler) == [function(1, lr) for lr in BASE_LRS]
+    scheduler = factory(optimizer)
+    scheduler.load_state_dict(before.state_dict())
+    assert step(optimizer, scheduler) == [function(2, lr) for lr in BASE_LRS]
 
 
 def test_a_tensor_as_rate_is_changed_in_place() -> None:

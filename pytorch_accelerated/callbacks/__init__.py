@@ -5,6 +5,11 @@ from pytorch_accelerated.callbacks.evaluation import StepBasedEvaluationCallback
 from pytorch_accelerated.callbacks.limits import LimitBatches, LimitBatchesCallback, LimitEvalStepsCallback
 from pytorch_accelerated.callbacks.placement import MoveModulesToDeviceCallback
 from pytorch_accelerated.callbacks.progress import LogMetricsCallback, PrintProgressCallback, ProgressBarCallback
+from pytorch_accelerated.callbacks.saving import (
+    SaveBestModelCallback,
+    SaveTrainingStateCallback,
+    WSDCheckpointCallback,
+)
 from pytorch_accelerated.callbacks.stopping import EarlyStoppingCallback, TerminateOnNaNCallback
 from pytorch_accelerated.errors import StopTrainingError
 
@@ -29,8 +34,11 @@ __all__ = [
     "MoveModulesToDeviceCallback",
     "PrintProgressCallback",
     "ProgressBarCallback",
+    "SaveBestModelCallback",
+    "SaveTrainingStateCallback",
     "StepBasedEvaluationCallback",
     "StopTrainingError",
     "TerminateOnNaNCallback",
     "TrainerCallback",
+    "WSDCheckpointCallback",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,12 @@ class TrainerCallback:
 
     name: str | None = None
     """Tells instances of one class apart, in checkpoints and messages."""
+
+    order: int = 0
+    """Callbacks of a lower order are called before those of a higher one, whatever their order in the list.
+
+    0 for all but those that save: the state they save must be the one after all others have heard the event.
+    """
 
     def on_init_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Listen to the end of ``Trainer.__init__``."""
@@ -140,6 +147,7 @@ class CallbackHandler:
         """
         self.callbacks: list[TrainerCallback] = []
         self._listeners: dict[str, list[Callable[..., None]]] = {event: [] for event in events}
+        self._orders: dict[str, list[int]] = {event: [] for event in self._listeners}
         self.add_callbacks(callbacks)
 
     def __iter__(self) -> Iterator[TrainerCallback]:
@@ -174,10 +182,14 @@ class CallbackHandler:
         if not isinstance(instance, TrainerCallback):
             raise TypeError(f"a callback must be a TrainerCallback (an instance or a class), got {callback!r}.")
         listeners = self._find_listeners(instance)
-        self.callbacks.append(instance)
+        position = bisect.bisect_right(self.callbacks, instance.order, key=lambda other: other.order)
+        self.callbacks.insert(position, instance)
         for event, method in listeners.items():
+            position = bisect.bisect_right(self._orders[event], instance.order)
+            self._orders[event].insert(position, instance.order)
             # A new list, because a callback may come or go while the old one is being called.
-            self._listeners[event] = [*self._listeners[event], method]
+            before, after = self._listeners[event][:position], self._listeners[event][position:]
+            self._listeners[event] = [*before, method, *after]
 
     def remove_callback(self, callback: TrainerCallback) -> None:
         """Take a callback out. Raises ValueError if it is not there."""
@@ -191,6 +203,7 @@ class CallbackHandler:
         """Take all callbacks out."""
         self.callbacks = []
         self._listeners = {event: [] for event in self._listeners}
+        self._orders = {event: [] for event in self._listeners}
 
     def _find_listeners(self, callback: TrainerCallback) -> dict[str, Callable[..., None]]:
         nearest: dict[str, tuple[int, str]] = {}

@@ -33,4 +33,4 @@ class StepBasedEvaluationCallback(TrainerCallback):
         assert trainer.data_pass is not None, "the event is one of a pass"
         # After the last update of an epoch the evaluation at its end is about to come, of the same weights.
         if trainer.num_updates % self.eval_every_n_steps == 0 and not trainer.data_pass.loader.is_last:
-            trainer.run_evaluation()
+            trainer.request_evaluation()

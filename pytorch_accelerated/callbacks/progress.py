@@ -120,7 +120,7 @@ class ProgressBarCallback(TrainerCallback):
         if trainer.accelerator.is_main_process:
             data_pass = trainer.data_pass
             assert data_pass is not None, "the event is one of a pass"
-            bar = _create_bar(label, data_pass.num_steps, is_nested=bool(self._passes))
+            bar = _create_bar(label, data_pass.num_steps, data_pass.step + 1, is_nested=bool(self._passes))
             interval = self.seconds_between_lines if bar is None else self.seconds_between_draws
             self._passes.append(_PassProgress(bar, label, data_pass, interval))
 
@@ -133,7 +133,7 @@ class _PassProgress:
         self._label = label
         self._data_pass = data_pass
         self._interval = interval
-        self._step = 0
+        self._step = self._first_step = data_pass.step + 1  # not 0 in an epoch that goes on after an interruption
         self._samples = 0
         self._start = time.monotonic()
         self._next_draw = self._start + interval
@@ -168,13 +168,13 @@ class _PassProgress:
             self._bar.update(self._step - self._bar.n)
             return
         if num_steps:
-            left = int(seconds / self._step * (num_steps - self._step))
+            left = int(seconds / max(self._step - self._first_step, 1) * (num_steps - self._step))
             facts.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
         of_all = f"/{num_steps}" if num_steps else ""
         trainer.print(f"{self._label}: step {self._step}{of_all}, {', '.join(facts)}")
 
 
-def _create_bar(label: str, num_steps: int | None, is_nested: bool) -> Any:
+def _create_bar(label: str, num_steps: int | None, first_step: int, is_nested: bool) -> Any:
     """Return a tqdm bar, or None where nobody could watch it move."""
     from tqdm.auto import tqdm
 
@@ -187,6 +187,7 @@ def _create_bar(label: str, num_steps: int | None, is_nested: bool) -> Any:
         has_width = has_width or os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return tqdm(
         total=num_steps,
+        initial=first_step,
         desc=label,
         leave=not is_nested,
         mininterval=0,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from pytorch_accelerated import distributed
 from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.watching import MetricWatcher
 from pytorch_accelerated.engine import optimized_parameters, raw_optimizer
-from pytorch_accelerated.errors import NonFiniteError, StopTrainingError, did_you_mean
+from pytorch_accelerated.errors import NonFiniteError, StopTrainingError
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -142,6 +142,21 @@ class TerminateOnNaNCallback(TrainerCallback):
         for name in ("found_inf", "grad_scale"):
             vars(raw_optimizer(trainer.optimizer)).pop(name, None)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been found and not been looked at yet."""
+        if not self._is_set_up:
+            return {}
+        flags = {name: getattr(self, f"_{name}").clone() for name in ("num_bad", "first_bad", "first_bad_loss")}
+        return {**flags, "num_bad_in_a_row": self._num_bad_in_a_row, "moments": [list(m) for m in self._moments]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what had been found and not been looked at."""
+        if self._is_set_up:  # else there is no device yet; it comes again when the run begins
+            for name in ("num_bad", "first_bad", "first_bad_loss"):
+                getattr(self, f"_{name}").copy_(state_dict[name])
+            self._num_bad_in_a_row = state_dict["num_bad_in_a_row"]
+            self._moments = [_Moment(*moment) for moment in state_dict["moments"]]
+
     def _find_non_finite(self, tensors: list[Tensor]) -> Tensor:
         """Return 1.0 if an element of ``tensors`` is not finite, else 0.0, as a scalar tensor on the device."""
         found = torch.zeros_like(self._one)
@@ -227,7 +242,7 @@ def _is_bad(tensor: Tensor | None) -> bool:
     return tensor is not None and not bool(torch.isfinite(_local(tensor)).all())
 
 
-class EarlyStoppingCallback(TrainerCallback):
+class EarlyStoppingCallback(MetricWatcher):
     """End training when a metric has stopped getting better."""
 
     def __init__(
@@ -251,13 +266,7 @@ class EarlyStoppingCallback(TrainerCallback):
         Raises:
             ValueError: if the direction is missing, the patience is below one, or the threshold is negative.
         """
-        if greater_is_better is None:
-            if not watch_metric.endswith("loss_epoch"):
-                raise ValueError(
-                    f"EarlyStoppingCallback(watch_metric={watch_metric!r}) needs greater_is_better=True or False: "
-                    "which values are good cannot be told from a name."
-                )
-            greater_is_better = False
+        super().__init__(watch_metric, greater_is_better)
         if early_stopping_patience < 1 or early_stopping_threshold < 0:
             raise ValueError(
                 "early_stopping_patience must be at least 1 and early_stopping_threshold at least 0, got "
@@ -265,75 +274,28 @@ class EarlyStoppingCallback(TrainerCallback):
             )
         self.early_stopping_patience = early_stopping_patience
         self.early_stopping_threshold = early_stopping_threshold
-        self.watch_metric = watch_metric
-        self.greater_is_better = greater_is_better
         self.reset_on_train = reset_on_train
         self.best_value: float | None = None
         self.num_worse = 0
-        self._num_seen = 0
-        self._is_first_epoch = True
 
     def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
         """Forget the best value, and check that the metric can appear. Raises ValueError if it cannot."""
+        super().on_train_run_begin(trainer, **kwargs)
         if self.reset_on_train:
             self.best_value, self.num_worse = None, 0
-        self._is_first_epoch = True
-        self._num_seen = self._num_values(trainer)
-        if self.watch_metric.startswith("eval_") and trainer.eval_dataset is None:
-            raise ValueError(f"EarlyStoppingCallback watches {self.watch_metric!r}, but train() got no eval_dataset.")
-        if self.watch_metric == "eval_loss_epoch" and isinstance(trainer.eval_dataset, dict):
-            names = ", ".join(f"'eval_{name}_loss_epoch'" for name in trainer.eval_dataset)
-            raise ValueError(
-                f"EarlyStoppingCallback watches 'eval_loss_epoch', but with named sets there are: {names}."
-            )
-
-    def on_train_epoch_begin(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Warn if the metric has not appeared in the first epoch, as it may come later.
-
-        Raises:
-            ValueError: if another metric has appeared whose name is much like it.
-        """
-        is_first, self._is_first_epoch = self._is_first_epoch, False
-        if is_first or self._num_values(trainer) or not trainer.accelerator.is_main_process:
-            return
-        names = sorted(trainer.run_history.get_metric_names())
-        hint = did_you_mean(self.watch_metric, names)
-        message = (
-            f"EarlyStoppingCallback watches {self.watch_metric!r}, which the first epoch did not record; it recorded "
-        )
-        if hint:
-            raise ValueError(f"{message}{names}.{hint}")
-        warnings.warn(f"{message}{names}. Without it, training will not stop early.", stacklevel=5)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look for a new value. Raises StopTrainingError when it is time to stop."""
-        message = None
-        if trainer.accelerator.is_main_process and self._num_values(trainer) > self._num_seen:
-            self._num_seen = self._num_values(trainer)
-            message = self._judge(float(trainer.run_history.get_latest_metric(self.watch_metric)))
-        # Collective: a metric recorded on one process only must not part the ways of the processes.
-        message, state, self._num_seen = distributed.broadcast_from_main(
-            trainer.accelerator, (message, self.state_dict(), self._num_seen)
-        )
-        self.load_state_dict(state)
+        value = self.find_new_value(trainer)
+        message = None if value is None else self._judge(value)
         if message is not None:
             trainer.print(message)
             raise StopTrainingError(message)
 
     on_eval_epoch_end = on_train_epoch_end
 
-    def _num_values(self, trainer: Trainer) -> int:
-        history = trainer.run_history
-        return (
-            len(history.get_metric_values(self.watch_metric)) if self.watch_metric in history.get_metric_names() else 0
-        )
-
     def _judge(self, value: float) -> str | None:
-        if self.best_value is None:
-            is_better = not math.isnan(value)
-        else:
-            gain = value - self.best_value if self.greater_is_better else self.best_value - value
-            is_better = gain > self.early_stopping_threshold
+        is_better = self.is_better(value, self.best_value, self.early_stopping_threshold)
         if is_better:
             self.best_value, self.num_worse = value, 0
             return None

@@ -15,21 +15,18 @@ class TrainerWithTimmScheduler(Trainer):
     where it should be when the next update or epoch begins. There need not be an evaluation set.
     """
 
-    def training_run_start(self) -> None:
-        """Note where the run begins, so that the scheduler counts from there."""
-        super().training_run_start()
-        self._first_update, self._first_epoch = self.num_updates, self.current_epoch
-
     def scheduler_step(self) -> None:
         """Tell the scheduler the number of updates made."""
         if self.scheduler is not None:
-            self.scheduler.step_update(num_updates=self.num_updates - self._first_update, metric=self._latest_metric())
+            num_updates = self.num_updates - self.training_run.first_update
+            self.scheduler.step_update(num_updates=num_updates, metric=self._latest_metric())
 
     def run_evaluation(self, is_intermediate: bool = True) -> None:
         """Evaluate and, at the end of an epoch, tell the scheduler the number of epochs done."""
         super().run_evaluation(is_intermediate)
         if self.scheduler is not None and not is_intermediate:
-            self.scheduler.step(self.current_epoch - self._first_epoch, metric=self._latest_metric())
+            num_epochs = self.current_epoch - self.training_run.first_epoch
+            self.scheduler.step(num_epochs, metric=self._latest_metric())
 
     def _latest_metric(self) -> Any:
         """Return the newest evaluation loss, for schedulers that react to it; None before the first."""

@@ -32,6 +32,13 @@ class UpdateLrScheduler(LRScheduler):
         """Return the learning rate of each parameter group; called by ``step``."""
         return [self.lr_at(self.last_epoch, float(base_lr)) for base_lr in self.base_lrs]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the schedule is and from which learning rates each group follows it, not its numbers.
+
+        So a run that is resumed with other limits, such as the decay phase of a longer one, follows its own schedule.
+        """
+        return {"last_epoch": self.last_epoch, "base_lrs": list(self.base_lrs), "_last_lr": list(self._last_lr)}
+
     @classmethod
     def create_scheduler_fn(cls, **kwargs: Any) -> Callable[[Optimizer], UpdateLrScheduler]:
         """Return a factory for ``Trainer.train(create_scheduler_fn=...)``.

@@ -1,0 +1,405 @@
+"""How files are written so that no kill leaves half of one, and how the newest whole checkpoint is found.
+
+A checkpoint is a directory. It is written under another name beside its place; each file is flushed to the disk, the
+manifest, which holds size and SHA-256 of each, comes last; then the directory is renamed, which happens at once or not
+at all, and the directory above it is flushed. So what bears a checkpoint's name is complete, unless the storage lost
+something, and that is what the manifest shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pytorch_accelerated.errors import CheckpointError
+
+FORMAT_VERSION = 1
+"""Grows when older versions of the library could no longer read what is written."""
+
+MANIFEST = "manifest.json"
+"""The file that names all others."""
+
+MODEL, OPTIMIZER, STATE, FACTS = "model.safetensors", "optimizer.pt", "state.pt", "run.json"
+"""The other files of a checkpoint: weights; optimizer; random streams, callbacks and the like; counters and history."""
+
+_NAME = re.compile(r"checkpoint-(\d+)-epoch-\d+-update-\d+")
+_TEMPORARY, _DISCARDED = ".tmp-", ".discarded-"
+_CHUNK = 1 << 22
+_SMALL = 1 << 16
+_SECONDS_UNTIL_STALE = 3600.0
+
+
+def checkpoint_name(sequence: int, epoch: int, update: int) -> str:
+    """Return the name of a checkpoint's directory; the greatest ``sequence`` is the newest."""
+    return f"checkpoint-{sequence:06d}-epoch-{epoch}-update-{update}"
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Return what bears a checkpoint's name in a directory, whole or not, newest first."""
+    numbered = [(int(match[1]), path) for path in _entries(directory) if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def next_sequence(directory: Path) -> int:
+    """Return the number for the next checkpoint in a directory."""
+    newest = next(iter(list_checkpoints(directory)), None)
+    match = _NAME.fullmatch(newest.name) if newest else None
+    return int(match[1]) + 1 if match else 1
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"cannot look into {directory}: {error.strerror}.") from error
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class DurableFile:
+    """A file to write to that finds its hash on the way and reaches the disk before it is closed.
+
+    An error while writing is kept and raised by ``close``, because writers in C++ would bury it.
+    """
+
+    def __init__(self, path: Path, hasher: ThreadPoolExecutor) -> None:
+        """Create the file at ``path``; the thread of ``hasher`` computes the hash meanwhile."""
+        self.size = 0
+        self._path = path
+        self._digest = hashlib.sha256()
+        self._hasher = hasher
+        self._hashing: Future[None] | None = None
+        self._error: OSError | None = None
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
+
+    def write(self, data: Any) -> int:
+        """Write bytes, or anything with the bytes of a contiguous buffer; return how many."""
+        view = memoryview(data).cast("B")
+        if self._error is None:
+            try:
+                self._write(view)
+            except OSError as error:
+                self._error = error
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Do nothing: there is no buffer. Writers call it."""
+
+    def close(self) -> str:
+        """Flush the file to the disk, close it and return the hash. Raises OSError, also one that came earlier."""
+        try:
+            self._wait()
+            if self._error is not None:
+                raise self._error
+            os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+        return self._digest.hexdigest()
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        self._wait()
+        os.close(self._descriptor)
+
+    def _write(self, view: memoryview) -> None:
+        for start in range(0, view.nbytes, _CHUNK):
+            chunk = view[start : start + _CHUNK]
+            self._wait()
+            if chunk.nbytes <= _SMALL:
+                self._digest.update(chunk)
+            else:  # beside the writing; both let go of Python's lock
+                self._hashing = self._hasher.submit(self._digest.update, chunk)
+            written = 0
+            while written < chunk.nbytes:  # the system may take less than it is given
+                written += os.write(self._descriptor, chunk[written:])
+            self.size += chunk.nbytes
+
+    def _wait(self) -> None:
+        if self._hashing is not None:
+            hashing, self._hashing = self._hashing, None
+            hashing.result()
+
+
+Writer = Callable[[DurableFile], None]
+
+
+def write_file(path: Path, writer: Writer) -> str:
+    """Write one file that takes the place of any other at once, and return its SHA-256.
+
+    Raises:
+        CheckpointError: if it cannot be written; what was at ``path`` is as it was.
+    """
+    temporary = path.parent / f"{_temporary_prefix()}{path.name}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(max_workers=1) as hasher:
+            digest, _ = _write(temporary, writer, hasher)
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+        return digest
+    except OSError as error:
+        raise _cannot_save(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_checkpoint(target: Path, writers: Mapping[str, Writer], facts: Mapping[str, Any]) -> None:
+    """Write a checkpoint; it appears under its name complete, or not at all.
+
+    Args:
+        target: the directory to be; must not exist yet.
+        writers: for the name of each file, what writes it.
+        facts: what the manifest says besides names, sizes and hashes.
+
+    Raises:
+        CheckpointError: if there is something at ``target``, or it cannot be written.
+    """
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target} is there already, and a checkpoint never replaces another: choose another.")
+    temporary = target.parent / f"{_temporary_prefix()}{target.name}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        files: dict[str, dict[str, Any]] = {}
+        with ThreadPoolExecutor(max_workers=1) as hasher:
+            for name, writer in writers.items():
+                digest, size = _write(temporary / name, writer, hasher)
+                files[name] = {"size": size, "sha256": digest}
+            content = {"format_version": FORMAT_VERSION, **facts, "files": files}
+            _write(temporary / MANIFEST, lambda file: _write_all(file, _sealed(content)), hasher)
+        _sync_directory(temporary)
+        os.replace(temporary, target)
+        _sync_directory(target.parent)
+    except OSError as error:
+        raise _cannot_save(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already, unless something was raised
+
+
+def _write_all(file: DurableFile, data: bytes) -> None:
+    file.write(data)
+
+
+def _write(path: Path, writer: Writer, hasher: ThreadPoolExecutor) -> tuple[str, int]:
+    file = DurableFile(path, hasher)
+    is_written = False
+    try:
+        writer(file)
+        is_written = True
+    finally:
+        if not is_written:
+            file.abandon()
+    return file.close(), file.size
+
+
+def _sync_directory(path: Path) -> None:
+    """Flush the names in a directory to the disk, where the system knows of that."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary_prefix() -> str:
+    return f"{_TEMPORARY}{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-"
+
+
+def _host() -> str:
+    return re.sub(r"\W", "_", socket.gethostname())
+
+
+def _cannot_save(target: Path, error: OSError) -> CheckpointError:
+    where = f" ({error.filename})" if error.filename and str(error.filename) != str(target) else ""
+    return CheckpointError(
+        f"cannot save {target}: {error.strerror or error}{where}. What was saved before is as it was; nothing of this "
+        "one is left behind."
+    )
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what saves that were killed have left in a directory; what another process may be writing stays."""
+    for path in _entries(directory):
+        match = re.match(rf"({re.escape(_TEMPORARY)}|{re.escape(_DISCARDED)})(\w+)-(\d+)-", path.name)
+        if match is None:
+            continue
+        is_alive = match[2] == _host() and int(match[3]) != os.getpid() and psutil.pid_exists(int(match[3]))
+        with suppress(OSError):
+            age = time.time() - path.lstat().st_mtime
+            if not is_alive and (match[2] == _host() or age > _SECONDS_UNTIL_STALE):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
+def remove_old(directory: Path, run_id: str, max_checkpoints: int, damaged: set[str]) -> None:
+    """Delete the oldest checkpoints of a run, so that at most ``max_checkpoints`` are left.
+
+    Those of other runs stay, and do not count; nor do those named in ``damaged``.
+    """
+    num_kept = 0
+    for path in list_checkpoints(directory):
+        if path.name in damaged or _run_id_of(path) != run_id:
+            continue
+        num_kept += 1
+        if num_kept > max_checkpoints:
+            # Renamed first: a kill in the middle must not leave something that bears a checkpoint's name.
+            discarded = directory / f"{_DISCARDED}{_host()}-{os.getpid()}-{path.name}"
+            try:
+                os.replace(path, discarded)
+                shutil.rmtree(discarded)
+            except OSError as error:
+                raise CheckpointError(f"cannot delete the old checkpoint {path}: {error.strerror}.") from error
+
+
+def _run_id_of(path: Path) -> str | None:
+    try:
+        return str(read_manifest(path).get("run_id"))
+    except CheckpointError:
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Verifying and finding
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    """Return the bytes of a manifest: its content, and the hash of that."""
+    return _dumps({"content": content, "sha256": hashlib.sha256(_dumps(content)).hexdigest()})
+
+
+def _dumps(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, indent=1).encode()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: if it is not there, is damaged, or is of a newer version of the library.
+    """
+    try:
+        data = _read(path / MANIFEST)
+        sealed = json.loads(data)
+        content: dict[str, Any] = sealed["content"]
+        is_whole = _sealed(content) == data
+        version = content["format_version"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{MANIFEST} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{MANIFEST} is damaged") from None
+    if not is_whole:
+        raise CheckpointError(f"{MANIFEST} is damaged")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"it has format {version}, and this version of the library reads up to {FORMAT_VERSION}")
+    return content
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check each file of a checkpoint by size and hash, and return the content of its manifest.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged; the message names the file and what is wrong with it.
+    """
+    content = read_manifest(path)
+    try:
+        files = {str(name): (int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise CheckpointError(f"{MANIFEST} is damaged") from None
+    for name, (expected_size, expected_hash) in files.items():
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise CheckpointError(f"{MANIFEST} names the file {name!r}, which is not one of the checkpoint's directory")
+        try:
+            size = _stat_plain(path / name).st_size
+            if size != expected_size:
+                raise CheckpointError(f"{name} has {size} bytes instead of {expected_size}")
+            if _hash(path / name) != expected_hash:
+                raise CheckpointError(f"{name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+        except FileNotFoundError:
+            raise CheckpointError(f"{name} is missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
+    return content
+
+
+def _stat_plain(path: Path) -> os.stat_result:
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path.name} is not a plain file")
+    return found
+
+
+def _read(path: Path) -> bytes:
+    _stat_plain(path)
+    return path.read_bytes()
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_newest(directory: Path, say: Callable[[str], None]) -> Path | None:
+    """Return the newest whole checkpoint in a directory; None if there is no checkpoint at all.
+
+    Args:
+        directory: where to look; it may be missing.
+        say: called with a line for each checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: if there are checkpoints, but none is whole.
+    """
+    candidates = list_checkpoints(directory)
+    for path in candidates:
+        try:
+            verify(path)
+            return path
+        except CheckpointError as error:
+            say(f"Passed over {path}: {error}.")
+    if candidates:
+        raise CheckpointError(
+            f"none of the {len(candidates)} checkpoints in {directory} is whole. To begin anew, move them away."
+        )
+    return None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a directory is a checkpoint, whole or not, rather than one that holds some."""
+    files = (MANIFEST, MODEL, OPTIMIZER, STATE, FACTS)
+    return _NAME.fullmatch(path.name) is not None or any((path / name).exists() for name in files)
+
+
+@contextmanager
+def damage_reported(path: Path) -> Iterator[None]:
+    """Let whatever goes wrong while a checkpoint is read be told as its damage."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"the checkpoint {path} lacks {Path(str(error.filename)).name}.") from error
+    except Exception as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}") from error
