@@ -101,14 +101,14 @@ class Engine:
                 f"{len(left_out)} trainable parameters of the model are in no group of the optimizer, so they will "
                 f"not move (first: {left_out[0]}). Freeze them with requires_grad_(False), or add them to the "
                 "optimizer.",
-                stacklevel=4,
+                stacklevel=3,
             )
         rates = [float(group["lr"]) for group in raw_optimizer(self._optimizer).param_groups if "lr" in group]
         if rates and not any(rates) and not has_schedule:
             warnings.warn(
                 "all learning rates are 0, so the weights will not move. A schedule of an earlier run leaves its "
                 "last learning rate behind: set it in optimizer.param_groups, or pass create_scheduler_fn again.",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def follow_freezing(self) -> nn.Module:

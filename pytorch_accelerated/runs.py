@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import uuid
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pytorch_accelerated import data, distributed, randomness
-from pytorch_accelerated.engine import raw_optimizer
+from pytorch_accelerated.engine import Engine, raw_optimizer
+from pytorch_accelerated.errors import TrainingInterrupted
 from pytorch_accelerated.passes import DataPass
 from pytorch_accelerated.run_config import TrainerRunConfig
 from pytorch_accelerated.tracking import AccumulationWindow, RunCounters
@@ -184,3 +188,102 @@ def create_training_run(trainer: Trainer, checkpoint: Checkpoint | None, **facts
     )
     raw_optimizer(trainer.optimizer).zero_grad()  # gradients that an interrupted run left behind
     return TrainingRun(run_id, seed, loader, eval_loaders, window, checkpoint)
+
+
+def begin_to_resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Give a trainer the state back before the hooks and callbacks of the run begin, so that they see where it is.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read.
+        CheckpointMismatchError: if it is of another run; nothing has been changed then.
+    """
+    checkpoint.check(trainer)
+    for note in checkpoint.notes(trainer):
+        trainer.print(f"Resuming with {note}")
+    checkpoint.restore(trainer, is_final=False)
+    trainer.print(f"Resuming from {checkpoint.path}: {checkpoint.describe()}.")
+    run, counters = trainer.training_run, trainer.run_history.counters
+    run.set_limits(counters, trainer.run_config)
+    if run.is_finished(counters):
+        why = "it was stopped early" if run.is_stopped else "its limits are reached"
+        trainer.print(f"Nothing is left of the run to do: {why}. To train on, raise them or resume from another.")
+
+
+@contextlib.contextmanager
+def running(trainer: Trainer, engine: Engine, end_event: str, is_training: bool = False) -> Iterator[None]:
+    """Set the run up and clear up after it, tell callbacks of failures, and fire the end event whatever happens."""
+    if is_training and trainer.seed is not None:
+        process = trainer.accelerator.process_index
+        randomness.seed_all_streams(trainer.seed if process == 0 else randomness.mix(trainer.seed, "process", process))
+    is_in_use, workers = engine.in_use(), data.workers_outlive_signals()
+    with is_in_use, workers, temporarily(trainer, is_training_run=is_training, data_pass=None):
+        try:
+            yield
+        except TrainingInterrupted as interruption:
+            trainer.callback_handler.call_end_event(end_event, trainer, interruption, exception=interruption)
+            raise
+        except BaseException as error:
+            locate(trainer, error)
+            distributed.report_failure(trainer.accelerator, error)  # before callbacks, which may wait for the others
+            trainer.callback_handler.call_end_event("on_exception", trainer, error, exception=error)
+            trainer.callback_handler.call_end_event(end_event, trainer, error, exception=error)
+            raise
+        finally:
+            trainer.update_is_skipped = False
+        try:
+            trainer.callback_handler.call_end_event(end_event, trainer, exception=None)
+        except Exception as error:
+            trainer.callback_handler.call_end_event("on_exception", trainer, error, exception=error)
+            raise
+
+
+@contextlib.contextmanager
+def evaluating(trainer: Trainer, kind: str, loader: data.ShardedDataLoader) -> Iterator[DataPass]:
+    """Let a trainer go without gradients through ``loader``, and leave modes and random streams as they were."""
+    modes = [(module, module.training) for module in trainer.model.modules()]
+    streams = randomness.get_streams(trainer.device)
+    run = trainer.training_run if trainer.has_training_run else None
+    before = None if run is None else run.suspended  # evaluations may be nested
+    if run is not None and before is None:
+        own = {name: module.training for name, module in trainer.get_model().named_modules()}
+        run.suspended = Suspended(own, streams)
+    data_pass = DataPass(kind, loader, trainer.accelerator, trainer.metrics, window=None)
+    with temporarily(trainer, data_pass=data_pass):
+        try:
+            # Not inference_mode: its tensors cannot be used in training, and compiled or sharded models refuse it.
+            with torch.no_grad():
+                yield data_pass
+        except Exception as error:
+            locate(trainer, error)
+            raise
+        finally:
+            randomness.set_streams(streams, trainer.device)
+            for module, mode in modes:
+                module.training = mode
+            if run is not None:
+                run.suspended = before
+
+
+@contextlib.contextmanager
+def temporarily(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Give attributes of an object other values inside the block."""
+    before = {name: getattr(owner, name) for name in attributes}
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        vars(owner).update(before)
+
+
+def locate(trainer: Trainer, error: BaseException) -> None:
+    """Add a note to an exception of user code that says where in the run it happened, unless it has one."""
+    prefix = "pytorch_accelerated: while "
+    notes = getattr(error, "__notes__", ())
+    if not isinstance(error, Exception | KeyboardInterrupt) or any(note.startswith(prefix) for note in notes):
+        return
+    accelerator, data_pass = trainer.accelerator, trainer.data_pass
+    doing, where = ("running", "") if data_pass is None else (data_pass.kind, f", {data_pass.describe_position()}")
+    error.add_note(
+        f"{prefix}{doing}, process {accelerator.process_index} of {accelerator.num_processes}, epoch "
+        f"{trainer.current_epoch}, {trainer.num_updates} updates made{where}"
+    )

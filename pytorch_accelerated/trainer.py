@@ -31,7 +31,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,18 +40,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pytorch_accelerated import checkpoint, data, distributed, randomness
-from pytorch_accelerated.callbacks import (
-    DEFAULT_CALLBACKS,
-    CallbackHandler,
-    SaveTrainingStateCallback,
-    TrainerCallback,
-    WSDCheckpointCallback,
-)
+from pytorch_accelerated import checkpoint, data, distributed, runs
+from pytorch_accelerated.callbacks import DEFAULT_CALLBACKS, CallbackHandler, TrainerCallback
 from pytorch_accelerated.callbacks.base import ACCEPTED_SPELLINGS, EVENTS
 from pytorch_accelerated.callbacks.limits import limit_from_environment
+from pytorch_accelerated.callbacks.saving import save_directories
 from pytorch_accelerated.engine import Engine, raw_optimizer
-from pytorch_accelerated.errors import CheckpointError, StopTrainingError, TrainingInterrupted, refuse_near_misses
+from pytorch_accelerated.errors import StopTrainingError, refuse_near_misses
 from pytorch_accelerated.passes import (
     BatchOutput,
     DataPass,
@@ -67,7 +62,6 @@ from pytorch_accelerated.run_config import (
     check_trainer_arguments,
     resolve_placeholders,
 )
-from pytorch_accelerated.runs import Suspended, TrainingRun, choose_seed, create_eval_loaders, create_training_run
 from pytorch_accelerated.tracking import RunHistory
 
 if TYPE_CHECKING:
@@ -137,6 +131,7 @@ class Trainer:
     is_training_run: bool
     num_runs_started: int
     data_pass: DataPass | None  # the pass over data in progress: its length, the samples of its step, its loss so far
+    update_is_skipped: bool  # whether the update about to be made is left out
     gradient_norm: Tensor | None  # of the last update, before clipping; None where norms are not clipped
 
     def __init__(
@@ -191,9 +186,9 @@ class Trainer:
         self.data_pass = self.gradient_norm = None
 
         self.num_runs_started = 0
-        self._run: TrainingRun | None = None
+        self._run: runs.TrainingRun | None = None
         self._engine = Engine(self.accelerator)
-        self._update_is_skipped = False
+        self.update_is_skipped = False
 
         self.callback_handler = CallbackHandler(callbacks or (), self.EVENTS)
         if (limit := limit_from_environment()) is not None:
@@ -271,8 +266,9 @@ class Trainer:
         self.train_dataset, self.eval_dataset, self.collate_fn = train_dataset, eval_dataset, collate_fn
         self.create_scheduler_fn = create_scheduler_fn
         with distributed.failing_together(self.accelerator):
-            found = None if resume_from is None else self._find_checkpoint(resume_from)
-            run = self._run = create_training_run(
+            directories = save_directories(self.callback_handler)
+            found = checkpoint.find(self.accelerator, resume_from, directories, self.print)
+            run = self._run = runs.create_training_run(
                 self,
                 found,
                 num_epochs=num_epochs,
@@ -288,12 +284,12 @@ class Trainer:
             self._engine.check_what_moves(has_schedule=self.scheduler is not None)
             self.num_runs_started += 1
             if found is not None:
-                self._begin_to_resume(found)
+                runs.begin_to_resume(self, found)
             elif reset_run_history:
                 self.run_history.reset()
             counters = self.run_history.counters
             run.set_limits(counters, self.run_config)
-            with self._running("on_train_run_end", is_training=True):
+            with runs.running(self, self._engine, "on_train_run_end", is_training=True):
                 try:
                     self.training_run_start()
                     self._event("on_train_run_begin")
@@ -330,17 +326,20 @@ class Trainer:
         """
         if dataset is None:
             raise ValueError("evaluate needs a dataset, got None.")
-        with distributed.failing_together(self.accelerator), self._setting(eval_dataset=dataset, collate_fn=collate_fn):
+        with (
+            distributed.failing_together(self.accelerator),
+            runs.temporarily(self, eval_dataset=dataset, collate_fn=collate_fn),
+        ):
             kwargs = dict(dataloader_kwargs or {})
             self.prepare_model_and_optimizer()
-            loaders = create_eval_loaders(self, per_device_batch_size, kwargs, choose_seed(self))
+            loaders = runs.create_eval_loaders(self, per_device_batch_size, kwargs, runs.choose_seed(self))
             config = TrainerRunConfig.of_run(
                 self.accelerator,
                 eval_per_device_batch_size=data.common_batch_size(loaders.values()),
                 eval_dl_kwargs=kwargs,
                 eval_dataloader_len=data.total_length(loaders.values()),
             )
-            with self._setting(run_config=config), self._running("on_evaluation_run_end"):
+            with runs.temporarily(self, run_config=config), runs.running(self, self._engine, "on_evaluation_run_end"):
                 self.evaluation_run_start()
                 self._event("on_evaluation_run_begin")
                 results: dict[str, Any] = {}
@@ -377,14 +376,17 @@ class Trainer:
         if kwargs.get("shuffle"):
             raise ValueError("predict returns outputs in the order of the dataset, so it cannot take shuffle=True.")
         processes = distributed.failing_together(self.accelerator)
-        with processes, self._setting(predict_dataset=dataset, collate_fn=collate_fn):
+        with processes, runs.temporarily(self, predict_dataset=dataset, collate_fn=collate_fn):
             self.prepare_model_and_optimizer()
             dataloader = self.create_predict_dataloader(per_device_batch_size, kwargs)
             if data.is_shuffled(dataloader):
                 raise ValueError("predict returns outputs in the order of the dataset, but its DataLoader shuffles.")
-            loader = data.shard_dataloader(dataloader, self.accelerator, choose_seed(self))
+            loader = data.shard_dataloader(dataloader, self.accelerator, runs.choose_seed(self))
             outputs: list[Any] = []
-            with self._running("on_prediction_run_end"), self._evaluating("predicting", loader) as data_pass:
+            with (
+                runs.running(self, self._engine, "on_prediction_run_end"),
+                runs.evaluating(self, "predicting", loader) as data_pass,
+            ):
                 self.prediction_run_start()
                 self._event("on_prediction_run_begin")
                 self.predict_epoch_start()
@@ -437,7 +439,7 @@ class Trainer:
                     window.close(self._engine.parameters)
                     self.clip_gradients()
                     self._event("on_optimizer_step_begin")
-                    if not self._update_is_skipped:
+                    if not self.update_is_skipped:
                         self.optimizer_step()
                     if is_applied := self._count_update():
                         self.scheduler_step()
@@ -494,7 +496,7 @@ class Trainer:
         is_intermediate: bool,
     ) -> dict[str, Any]:
         facts = {"eval_name": name, "is_intermediate": is_intermediate}
-        with self._evaluating("evaluating", loader) as data_pass:
+        with runs.evaluating(self, "evaluating", loader) as data_pass:
             self.eval_epoch_start()
             self._event("on_eval_epoch_begin", **facts)
             loader.limit = self.limit_eval_batches
@@ -739,48 +741,24 @@ class Trainer:
     def save_training_state(self, save_dir: str | Path) -> Path:
         """Save the state of the training run as the checkpoint ``save_dir``, and return its path. Collective.
 
-        The moments for it are those at which the callbacks have heard all there was to hear: best a callback of its
-        own, as ``SaveTrainingStateCallback``, which comes after all others.
+        What is saved is the state at this moment, also in the middle of an event that other callbacks have yet to hear:
+        better leave it to ``SaveTrainingStateCallback``, which comes after all others.
 
         Raises:
             CheckpointError: if there is something at ``save_dir``, or it cannot be written; nothing is left behind.
         """
-        snapshot, target = checkpoint.capture(self), Path(save_dir)
-
-        def write() -> None:
-            if snapshot is not None:  # it is on the main process, which alone is asked
-                snapshot.write(target)
-
-        distributed.on_main_process(self.accelerator, write, CheckpointError)
-        return target
+        return checkpoint.save_state(self, Path(save_dir))
 
     def load_training_state(self, save_dir: str | Path) -> None:
-        """Load weights, optimizer, history and callbacks' states of a checkpoint, to look at them or to evaluate.
-
-        To go on training, use ``train(resume_from=...)``, which this does not replace.
+        """Load all of a checkpoint but its position, to evaluate it; ``train(resume_from=...)`` goes on training.
 
         Raises:
             CheckpointError: if it is damaged or of another model; nothing has been changed then.
         """
-        if self.is_training_run:
-            raise RuntimeError("load_training_state was called inside a training run; use train(resume_from=...).")
-        found = checkpoint.find(self.accelerator, Path(save_dir), [], self.print)
-        if found is None:
-            raise CheckpointError(f"{save_dir} holds no checkpoint.")
-        self.prepare_model_and_optimizer()
-        self._run = None
-        found.restore(self, is_final=True)
+        checkpoint.load_state(self, Path(save_dir))
 
     def save_model(self, path: str | Path) -> None:
-        """Save the weights alone, under the names that the user's module has for them. Collective.
-
-        Args:
-            path: a file that ends in ``.safetensors``, which safetensors reads, or in something else, which
-                ``torch.load`` reads; a file that is there is replaced at once or not at all.
-
-        Raises:
-            CheckpointError: if it cannot be written.
-        """
+        """Save the weights alone, as ``save_checkpoint`` does. Collective."""
         self.save_checkpoint(path, save_optimizer=False)
 
     def save_checkpoint(
@@ -789,13 +767,12 @@ class Trainer:
         checkpoint_kwargs: Mapping[str, Any] | None = None,
         save_optimizer: bool | None = None,
     ) -> None:
-        """Save the weights and, in a file of torch, the optimizer; to resume a run use checkpoints of its state.
-
-        Collective.
+        """Save the weights, under the names that the user's module has for them, and the optimizer. Collective.
 
         Args:
-            save_path: ends in ``.safetensors`` for the weights alone, in something else for a file of torch: a dict
-                with ``model_state_dict``, and ``optimizer_state_dict``.
+            save_path: ends in ``.safetensors`` for the weights alone, in something else for a file that ``torch.load``
+                reads: with the optimizer a dict of ``model_state_dict`` and ``optimizer_state_dict``, without it the
+                weights. What is there is replaced at once or not at all.
             checkpoint_kwargs: what else to put into that dict: plain data.
             save_optimizer: None saves it where the file can hold it.
 
@@ -806,24 +783,22 @@ class Trainer:
         checkpoint.save_portable(self, Path(save_path), checkpoint_kwargs, save_optimizer)
 
     def load_checkpoint(self, checkpoint_path: str | Path, load_optimizer: bool = True) -> None:
-        """Load weights, and the optimizer where the file has one.
+        """Load weights and, where it is there and ``load_optimizer``, the optimizer.
 
         Args:
             checkpoint_path: what ``save_model`` or ``save_checkpoint`` wrote, a ``state_dict`` of torch, or a
                 checkpoint of a run.
-            load_optimizer: whether to load the optimizer, too, where it is there.
+            load_optimizer: whether to load the optimizer, too.
 
         Raises:
-            CheckpointError: if it cannot be read.
-            CheckpointMismatchError: if it is of another model; nothing has been changed then.
+            CheckpointError: if it cannot be read, or is of another model; nothing has been changed then.
         """
         checkpoint.load_portable(self, Path(checkpoint_path), load_optimizer)
 
     def get_extra_state(self) -> Any:
-        """Return what else of a subclass must survive an interruption: plain data and tensors.
+        """Return what else of a subclass must survive an interruption: plain data and tensors; by default None.
 
-        Called on the main process for each checkpoint of the run. The default returns None. Modules that the trainer
-        holds as attributes are saved by themselves.
+        Called on the main process for each checkpoint of a run. Modules that the trainer holds are saved by themselves.
         """
         return None
 
@@ -835,7 +810,7 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------------
 
     @property
-    def training_run(self) -> TrainingRun:
+    def training_run(self) -> runs.TrainingRun:
         """Return where the training run stands, or the last one stood. Raises RuntimeError before the first."""
         if self._run is None:
             raise RuntimeError("there has been no training run yet.")
@@ -921,7 +896,7 @@ class Trainer:
 
     def skip_update(self) -> None:
         """Leave out the update about to be made; call it in ``on_optimizer_step_begin``, on every process alike."""
-        self._update_is_skipped = True
+        self.update_is_skipped = True
 
     # ----------------------------------------------------------------------------------------------------------------
     # Private: one batch
@@ -941,7 +916,7 @@ class Trainer:
 
     def _count_update(self) -> bool:
         """Count the update, made or skipped, and return whether the weights have changed."""
-        is_skipped, self._update_is_skipped = self._update_is_skipped, False
+        is_skipped, self.update_is_skipped = self.update_is_skipped, False
         is_skipped = is_skipped or self._engine.step_was_skipped()
         if is_skipped:
             self.run_history.counters.num_skipped_updates += 1
@@ -957,98 +932,9 @@ class Trainer:
             self.run_history.update_metric(name, value)
         return results
 
-    def _locate(self, error: BaseException) -> None:
-        """Add a note to an exception of user code that says where in the run it happened, unless it has one."""
-        prefix = "pytorch_accelerated: while "
-        notes = getattr(error, "__notes__", ())
-        if not isinstance(error, Exception | KeyboardInterrupt) or any(note.startswith(prefix) for note in notes):
-            return
-        accelerator, data_pass = self.accelerator, self.data_pass
-        doing, where = ("running", "") if data_pass is None else (data_pass.kind, f", {data_pass.describe_position()}")
-        error.add_note(
-            f"{prefix}{doing}, process {accelerator.process_index} of {accelerator.num_processes}, epoch "
-            f"{self.current_epoch}, {self.num_updates} updates made{where}"
-        )
-
     # ----------------------------------------------------------------------------------------------------------------
     # Private: a run
     # ----------------------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _running(self, end_event: str, is_training: bool = False) -> Iterator[None]:
-        """Set the run up and clear up after it, tell callbacks of failures, and fire the end event whatever happens."""
-        if is_training and self.seed is not None:
-            process = self.accelerator.process_index
-            randomness.seed_all_streams(self.seed if process == 0 else randomness.mix(self.seed, "process", process))
-        is_in_use, workers = self._engine.in_use(), data.workers_outlive_signals()
-        with is_in_use, workers, self._setting(is_training_run=is_training, data_pass=None):
-            try:
-                yield
-            except TrainingInterrupted as interruption:
-                self.callback_handler.call_end_event(end_event, self, interruption, exception=interruption)
-                raise
-            except BaseException as error:
-                self._locate(error)
-                distributed.report_failure(self.accelerator, error)  # before callbacks, which may wait for the others
-                self.callback_handler.call_end_event("on_exception", self, error, exception=error)
-                self.callback_handler.call_end_event(end_event, self, error, exception=error)
-                raise
-            finally:
-                self._update_is_skipped = False
-            try:
-                self.callback_handler.call_end_event(end_event, self, exception=None)
-            except Exception as error:
-                self.callback_handler.call_end_event("on_exception", self, error, exception=error)
-                raise
-
-    @contextlib.contextmanager
-    def _evaluating(self, kind: str, loader: data.ShardedDataLoader) -> Iterator[DataPass]:
-        """Go without gradients through ``loader``, and leave modes and random streams as they were."""
-        modes = [(name, module, module.training) for name, module in self.model.named_modules()]
-        streams = randomness.get_streams(self.device)
-        data_pass = DataPass(kind, loader, self.accelerator, self.metrics, window=None)
-        run = self._run
-        is_first = run is not None and run.suspended is None  # evaluations may be nested
-        if run is not None and is_first:
-            own = {name: module.training for name, module in self.get_model().named_modules()}
-            run.suspended = Suspended(own, streams)
-        with self._setting(data_pass=data_pass):
-            try:
-                # Not inference_mode: its tensors cannot be used in training, and compiled or sharded models refuse it.
-                with torch.no_grad():
-                    yield data_pass
-            except Exception as error:
-                self._locate(error)
-                raise
-            finally:
-                randomness.set_streams(streams, self.device)
-                for _, module, mode in modes:
-                    module.training = mode
-                if run is not None and is_first:
-                    run.suspended = None
-
-    @contextlib.contextmanager
-    def _setting(self, **attributes: Any) -> Iterator[None]:
-        """Give attributes other values inside the block."""
-        before = {name: getattr(self, name) for name in attributes}
-        vars(self).update(attributes)
-        try:
-            yield
-        finally:
-            vars(self).update(before)
-
-    def _find_checkpoint(self, resume_from: str | Path) -> checkpoint.Checkpoint | None:
-        savers = (SaveTrainingStateCallback, WSDCheckpointCallback)
-        directories = [callback.save_dir for callback in self.callback_handler if isinstance(callback, savers)]
-        return checkpoint.find(self.accelerator, resume_from, directories, self.print)
-
-    def _begin_to_resume(self, found: checkpoint.Checkpoint) -> None:
-        """Give the state back before the hooks and callbacks of the run begin, so that they see where it is."""
-        found.check(self)
-        for note in found.notes(self):
-            self.print(f"Resuming with {note}")
-        found.restore(self, is_final=False)
-        self.print(f"Resuming from {found.path}: {found.describe()}.")
 
     def _take_up(self) -> None:
         """Give the state back once more, just before the run goes on: hooks at its beginning may have changed it."""

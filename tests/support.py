@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import queue
 import socket
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +61,50 @@ def run_processes(function: Callable[..., Any], num_processes: int, *args: Any, 
     finally:
         for process in processes:
             process.kill()
+
+
+def run_until_killed(function: Callable[..., Any], num_processes: int, *args: Any, timeout: float = 120) -> list[int]:
+    """Call ``function(*args)`` in real processes; when one dies, kill the others, as a launcher does.
+
+    Returns the exit codes, negative for a signal. What a process printed comes with the error if one raised.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as log:
+        processes = [
+            _CONTEXT.Process(target=_enter_unheard, args=(function, args, rank, num_processes, port, log))
+            for rank in range(max(num_processes, 1))
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        sentinels = [process.sentinel for process in processes]
+        try:
+            while any(process.exitcode is None for process in processes):
+                assert time.monotonic() < deadline, "processes hang"
+                multiprocessing.connection.wait(sentinels, timeout=1)
+                if any(process.exitcode not in (None, 0) for process in processes):
+                    break
+                sentinels = [process.sentinel for process in processes if process.exitcode is None]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        failures = [path.read_text() for path in sorted(Path(log).glob("*.error"))]
+        assert not failures, "\n".join(failures)
+        return [process.exitcode or 0 for process in processes]
+
+
+def _enter_unheard(function: Callable[..., Any], args: Any, rank: int, num_processes: int, port: int, log: str) -> None:
+    results: queue.Queue[Any] = queue.Queue()
+    with open(f"{log}/{rank}.out", "w") as out, contextlib.redirect_stdout(out):
+        _enter(function, args, rank, num_processes, port, results)
+    _, is_fine, result = results.get()
+    # A process whose peer was killed fails of that; the test is about the other.
+    if not is_fine and "connection" not in result.lower():
+        Path(f"{log}/{rank}.error").write_text(result)
+    os._exit(0 if is_fine else 1)
 
 
 def _enter(function: Callable[..., Any], args: Any, rank: int, num_processes: int, port: int, results: Any) -> None:

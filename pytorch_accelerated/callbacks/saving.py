@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -397,3 +398,9 @@ class SaveBestModelCallback(MetricWatcher):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the best value and the run it is of."""
         self.best_value, self._run_id = state_dict["best_value"], state_dict["run_id"]
+
+
+def save_directories(callbacks: Iterable[TrainerCallback]) -> list[Path]:
+    """Return the directories in which callbacks save the state of the run."""
+    kinds = (SaveTrainingStateCallback, WSDCheckpointCallback)
+    return [callback.save_dir for callback in callbacks if isinstance(callback, kinds)]

@@ -3,7 +3,15 @@
 ``python -m pytorch_accelerated.checkpoint inspect|verify DIR`` looks at them from a shell.
 """
 
-from pytorch_accelerated.checkpoint.content import Checkpoint, Snapshot, capture, check_can_save, find
+from pytorch_accelerated.checkpoint.content import (
+    Checkpoint,
+    Snapshot,
+    capture,
+    check_can_save,
+    find,
+    load_state,
+    save_state,
+)
 from pytorch_accelerated.checkpoint.files import (
     find_newest,
     list_checkpoints,
@@ -26,10 +34,12 @@ __all__ = [
     "find_newest",
     "list_checkpoints",
     "load_portable",
+    "load_state",
     "read_manifest",
     "read_metadata",
     "read_weights",
     "save_portable",
+    "save_state",
     "save_weights",
     "verify",
     "weights_of",

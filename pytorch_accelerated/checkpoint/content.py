@@ -363,15 +363,16 @@ class Checkpoint:
         samples = batches * there["per_device_batch_size"]
         return int(-(-samples // (own["per_device_batch_size"] * own["num_processes"])))
 
-    def restore(self, trainer: Trainer, is_final: bool) -> None:
+    def restore(self, trainer: Trainer, is_final: bool, has_position: bool = True) -> None:
         """Give the trainer the state back.
 
         It is called twice: when everything is prepared, so that the hooks and callbacks at the beginning see where
         the run is, and just before the first step, so that what these changed again does not count.
 
         Args:
-            trainer: with a training run prepared, or none, for a look at the model.
+            trainer: whose model and optimizer are prepared.
             is_final: whether this is the second time.
+            has_position: whether the trainer has a training run to go on with.
 
         Raises:
             CheckpointError: if something is missing.
@@ -402,7 +403,7 @@ class Checkpoint:
             trainer.callback_handler.load_state_dict(state["callbacks"])
             if state["extra"] is not None:
                 trainer.set_extra_state(state["extra"])
-            if trainer.has_training_run:
+            if has_position:
                 self._restore_run(trainer, state, is_final)
 
     def _restore_optimizer(self, trainer: Trainer, is_final: bool) -> None:
@@ -442,7 +443,8 @@ class Checkpoint:
         run.num_steps_in_epoch = num_steps or 0
         run.is_epoch_exhausted = position["is_epoch_exhausted"]
         run.pass_states = [row["pass"] for row in rows[process::num_processes] if row["pass"] is not None]
-        run.loader.go_on(self.counters["current_epoch"], num_steps, state["train_loader"])
+        num_left_out = None if run.is_epoch_exhausted else num_steps  # an exhausted epoch is not gone through again
+        run.loader.go_on(self.counters["current_epoch"], num_left_out, state["train_loader"])
         for name, loader in run.eval_loaders.items():
             if (name or "") in state["eval_loaders"]:
                 loader.go_on(0, None, state["eval_loaders"][name or ""])
@@ -452,6 +454,38 @@ class Checkpoint:
             randomness.set_streams(randomness.unpack_streams(rows[process]["streams"]), trainer.device)
         else:  # other batches go to each process than before, so no stream is the right one
             randomness.seed_all_streams(randomness.mix(run.seed, "process", process, self.counters["num_updates"]))
+
+
+def save_state(trainer: Trainer, target: Path) -> Path:
+    """Save the state of the training run as the checkpoint ``target``. Collective.
+
+    Raises:
+        CheckpointError: if there is something there, or it cannot be written.
+    """
+    snapshot = capture(trainer)
+
+    def write() -> None:
+        if snapshot is not None:  # it is on the main process, which alone is asked
+            snapshot.write(target)
+
+    distributed.on_main_process(trainer.accelerator, write, CheckpointError)
+    return target
+
+
+def load_state(trainer: Trainer, source: Path) -> None:
+    """Load all of a checkpoint but its position in the data. Collective.
+
+    Raises:
+        CheckpointError: if it is damaged or of another model.
+        RuntimeError: if a training run is going on.
+    """
+    if trainer.is_training_run:
+        raise RuntimeError("load_training_state was called inside a training run; use train(resume_from=...).")
+    found = find(trainer.accelerator, source, [], trainer.print)
+    if found is None:
+        raise CheckpointError(f"{source} holds no checkpoint.")
+    trainer.prepare_model_and_optimizer()
+    found.restore(trainer, is_final=True, has_position=False)
 
 
 def _first_difference(saved: dict[str, Any], own: list[list[str]]) -> str:
@@ -465,7 +499,7 @@ def _first_difference(saved: dict[str, Any], own: list[list[str]]) -> str:
 
 def find(
     accelerator: accelerate.Accelerator,
-    resume_from: str | Path,
+    resume_from: str | Path | None,
     directories: list[Path],
     say: Callable[[str], None],
 ) -> Checkpoint | None:
@@ -473,13 +507,15 @@ def find(
 
     Args:
         accelerator: the processes.
-        resume_from: ``"latest"``, a checkpoint, or a directory that holds checkpoints.
+        resume_from: ``"latest"``, a checkpoint, or a directory that holds checkpoints; None to begin anew.
         directories: where ``"latest"`` looks.
         say: called with each line that the user should read.
 
     Raises:
         CheckpointError: if there is nothing at the path that was given, or nothing whole.
     """
+    if resume_from is None:
+        return None
     path = distributed.on_main_process(
         accelerator, lambda: _find_on_main(resume_from, directories, say), CheckpointError
     )
@@ -496,7 +532,7 @@ def find(
 def _find_on_main(resume_from: str | Path, directories: list[Path], say: Callable[[str], None]) -> Path | None:
     if resume_from != "latest":
         path = Path(resume_from)
-        if not path.is_dir():
+        if not str(resume_from) or not path.is_dir():
             raise CheckpointError(
                 f"resume_from={str(resume_from)!r}: there is no such directory. Give a checkpoint, a directory that "
                 "holds checkpoints, or 'latest', which begins anew where there is none."
