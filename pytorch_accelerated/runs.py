@@ -204,7 +204,7 @@ def begin_to_resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.print(f"Resuming from {checkpoint.path}: {checkpoint.describe()}.")
     run, counters = trainer.training_run, trainer.run_history.counters
     run.set_limits(counters, trainer.run_config)
-    if run.is_finished(counters):
+    if run.is_stopped or (run.is_epoch_complete and run.has_reached_limit(counters)):
         why = "it was stopped early" if run.is_stopped else "its limits are reached"
         trainer.print(f"Nothing is left of the run to do: {why}. To train on, raise them or resume from another.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -363,7 +363,11 @@ class SaveBestModelCallback(MetricWatcher):
         value = self.find_new_value(trainer)
         if value is None or not self.is_better(value, self.best_value):
             return
-        self.best_value, self._run_id = value, trainer.training_run.run_id
+        self._run_id = trainer.training_run.run_id
+        undone = distributed.on_main_process(trainer.accelerator, self._find_better_than(value), CheckpointError)
+        self.best_value = value if undone is None else undone
+        if undone is not None:
+            return
         facts = {
             "run_id": self._run_id,
             "watch_metric": self.watch_metric,
@@ -382,7 +386,6 @@ class SaveBestModelCallback(MetricWatcher):
             trainer.print(f"SaveBestModelCallback: {self.watch_metric!r} had no value, so nothing was saved or loaded.")
             return
         facts = read_metadata(self.save_path)
-        # It may hold a better model than we know of: of the part of the run that an interruption has undone.
         if facts.get("run_id") != self._run_id or self.is_better(self.best_value, float(facts["value"])):
             raise CheckpointError(
                 f"{self.save_path} is not the best model of this run any more ({self.watch_metric} {self.best_value:g}"
@@ -390,6 +393,23 @@ class SaveBestModelCallback(MetricWatcher):
             )
         load_portable(trainer, self.save_path, load_optimizer=False)
         trainer.print(f"Loaded the best weights from {self.save_path}: {self.watch_metric} {float(facts['value']):g}.")
+
+    def _find_better_than(self, value: float) -> Callable[[], float | None]:
+        """Return a function that looks whether the file has a better model of this run than one of ``value``.
+
+        It has where an interruption has undone the part of the run that the model is of, and which went better.
+        """
+
+        def find() -> float | None:
+            if not self.save_path.exists():
+                return None
+            facts = read_metadata(self.save_path)
+            if facts.get("run_id") != self._run_id or facts.get("watch_metric") != self.watch_metric:
+                return None
+            saved = float(facts["value"])
+            return saved if self.is_better(saved, value) else None
+
+        return find
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value and the run it is of."""
