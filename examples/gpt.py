@@ -1,9 +1,11 @@
 """Train a small GPT, byte by byte, on the source code of Python's own standard library.
 
 python examples/gpt.py --num-updates 40
+python examples/gpt.py --save-dir runs/gpt  # killed and started again, it goes on as if nothing had happened
 """
 
 import argparse
+import hashlib
 import sysconfig
 import time
 from functools import partial
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from pytorch_accelerated import DEFAULT_CALLBACKS, Trainer
-from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
 
@@ -98,6 +100,14 @@ class TokensPerSecondCallback(TrainerCallback):
             self.on_train_run_begin(trainer)
 
 
+def hash_of(model: nn.Module) -> str:
+    """Return a hash of all weights, which the smallest difference in one of them would change."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 @torch.no_grad()
 def write(model: nn.Module, start: str, num_bytes: int, length: int) -> str:
     """Return ``start`` and what the model writes after it."""
@@ -116,6 +126,8 @@ def main() -> None:
         "--num-updates", type=int, default=80, help="optimizer steps; 2000 for code that looks like code"
     )
     parser.add_argument("--num-files", type=int, default=60, help="files of the standard library to train on")
+    parser.add_argument("--save-dir", type=Path, help="save the state of the run here, and go on from what is there")
+    parser.add_argument("--save-every", type=int, default=20, help="updates between two checkpoints")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -123,10 +135,13 @@ def main() -> None:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     train_data = SourceCode(files[: arguments.num_files], length)
     eval_data = SourceCode(files[arguments.num_files : arguments.num_files + 2], length)
+    callbacks = [*DEFAULT_CALLBACKS, TokensPerSecondCallback(every=20, length=length)]
+    if arguments.save_dir is not None:
+        callbacks.append(SaveTrainingStateCallback(arguments.save_dir, arguments.save_every, max_checkpoints=2))
     trainer = GPTTrainer(
         GPT(length=length),
         optimizer=partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95)),
-        callbacks=[*DEFAULT_CALLBACKS, TokensPerSecondCallback(every=20, length=length)],
+        callbacks=callbacks,
         seed=0,
     )
     trainer.train(
@@ -140,7 +155,9 @@ def main() -> None:
         create_scheduler_fn=CosineLrScheduler.create_scheduler_fn(
             num_warmup_updates=arguments.num_updates // 10, lr_min=2e-4
         ),
+        resume_from="latest" if arguments.save_dir is not None else None,
     )
+    trainer.print(f"hash of the weights: {hash_of(trainer.get_model())}")
     trainer.print(f"\n{write(trainer.get_model(), 'def ', 100, length)}")
 
 

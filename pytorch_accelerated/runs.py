@@ -199,7 +199,7 @@ def begin_to_resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """
     checkpoint.check(trainer)
     for note in checkpoint.notes(trainer):
-        trainer.print(f"Resuming with {note}")
+        trainer.print(f"Note on resuming: {note}")
     checkpoint.restore(trainer, is_final=False)
     trainer.print(f"Resuming from {checkpoint.path}: {checkpoint.describe()}.")
     run, counters = trainer.training_run, trainer.run_history.counters

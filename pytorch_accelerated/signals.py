@@ -29,12 +29,13 @@ class SignalWatch:
         """Whether a signal has asked to save; whoever does so sets it back."""
         self._previous: dict[int, Any] = {}
         self._pid = 0
+        self._is_on = False
         self._launcher: int | None = None
 
     def start(self) -> bool:
         """Begin to watch; return whether that is possible, which it is in the main thread only."""
         self.stop_signal, self.wants_save = None, False
-        self._pid = os.getpid()
+        self._pid, self._is_on = os.getpid(), True
         self._launcher = _find_launcher()
         if threading.current_thread() is not threading.main_thread():
             return False
@@ -46,11 +47,11 @@ class SignalWatch:
         return True
 
     def stop(self) -> None:
-        """Put the former handlers back, except where somebody has set another since."""
-        for number, previous in self._previous.items():
+        """Put the former handlers back; where somebody has set another since, let it be."""
+        self._is_on = False
+        for number in list(self._previous):
             if signal.getsignal(number) == self._note:
-                signal.signal(number, previous)
-        self._previous = {}
+                signal.signal(number, self._previous.pop(number))
 
     def find_reason_to_stop(self) -> str | None:
         """Return the name of the signal that asked to stop, or ``"launcher gone"``; None if there is no reason.
@@ -63,7 +64,8 @@ class SignalWatch:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         previous = self._previous.get(number)
-        if os.getpid() != self._pid:  # a child that was forked during the run
+        # A child that was forked during the run; or somebody who came after us has put us back in his turn.
+        if os.getpid() != self._pid or not self._is_on:
             signal.signal(number, signal.SIG_DFL if previous is None else previous)
             os.kill(os.getpid(), number)
             return

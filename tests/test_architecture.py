@@ -30,8 +30,8 @@ LAYERS = [
     {"_version", "errors", "randomness"},
     {"run_config", "tracking", "data", "distributed", "engine", "finetuning", "signals"},
     {"passes", "schedulers"},
-    {"checkpoint", "runs"},
-    {"callbacks"},
+    {"checkpoint"},
+    {"runs", "callbacks"},
     {"trainer"},
     {"integrations", "__init__"},
 ]

@@ -118,11 +118,18 @@ class TrainerCallback:
         """Listen to any other exception, which ends the run and is raised once the callbacks have heard of it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what must survive an interruption: plain dicts, lists, numbers, strings, tensors."""
+        """Return what must survive an interruption: plain dicts, lists, numbers, strings, tensors.
+
+        Called on the main process for each checkpoint; the default returns nothing.
+        """
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what ``state_dict`` returned before the interruption."""
+        """Take up what ``state_dict`` returned before the interruption.
+
+        Called on every process, twice: before ``on_train_run_begin``, and again just before the run goes on, so that
+        what was reset in between does not count. The default does nothing.
+        """
 
 
 EVENTS = tuple(name for name in vars(TrainerCallback) if name.startswith("on_"))

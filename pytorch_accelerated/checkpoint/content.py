@@ -33,17 +33,14 @@ class Snapshot:
     tensors: dict[str, Tensor]
     optimizer: dict[str, Any]
     state: dict[str, Any]
-    facts: dict[str, Any]
-
-    @property
-    def counters(self) -> dict[str, int]:
-        """Return the counters of the run."""
-        counters: dict[str, int] = self.facts["history"]["counters"]
-        return counters
+    facts: bytes  # JSON
+    run_id: str
+    counters: dict[str, int]
 
     def to_host(self) -> Snapshot:
         """Return a copy that nothing else refers to, on the CPU."""
-        return Snapshot(copied(self.tensors), copied(self.optimizer), copied(self.state), copied(self.facts))
+        copies = copied(self.tensors), copied(self.optimizer), copied(self.state)
+        return Snapshot(*copies, self.facts, self.run_id, self.counters)
 
     def write(self, target: Path, sequence: int = 0) -> None:
         """Write the checkpoint ``target``.
@@ -51,14 +48,13 @@ class Snapshot:
         Raises:
             CheckpointError: if that fails; there is nothing at ``target`` then.
         """
-        facts = json.dumps(self.facts, indent=1).encode()
         writers: dict[str, files.Writer] = {
             files.MODEL: lambda file: weights.write_safetensors(file, self.tensors, {"format": "pt"}),
             files.OPTIMIZER: lambda file: weights.save_plain(self.optimizer, file),
             files.STATE: lambda file: weights.save_plain(self.state, file),
-            files.FACTS: lambda file: _write_bytes(file, facts),
+            files.FACTS: lambda file: _write_bytes(file, self.facts),
         }
-        files.write_checkpoint(target, writers, {"run_id": self.facts["run_id"], "sequence": sequence})
+        files.write_checkpoint(target, writers, {"run_id": self.run_id, "sequence": sequence})
 
 
 def _write_bytes(file: files.DurableFile, data: bytes) -> None:
@@ -126,7 +122,14 @@ def capture(trainer: Trainer, rows: list[dict[str, Any]] | None = None) -> Snaps
     weights.check_loadable(state, "state")
     groups = _group_names(trainer)
     facts = _facts_of(trainer, type(optimizer).__name__, groups)
-    return Snapshot(tensors, {"groups": groups, "state": optimizer.state_dict()}, state, facts)
+    try:
+        text = json.dumps(facts, indent=1).encode()
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"the run history cannot be saved ({error}): update_metric takes numbers, strings and nested lists of them."
+        ) from error
+    optimizer_state = {"groups": groups, "state": optimizer.state_dict()}
+    return Snapshot(tensors, optimizer_state, state, text, run.run_id, facts["history"]["counters"])
 
 
 def capture_process(trainer: Trainer) -> dict[str, Any]:
@@ -231,12 +234,6 @@ def _facts_of(trainer: Trainer, optimizer: str, groups: list[list[str]]) -> dict
     }
     identity = json.dumps([facts[name] for name in ("seed", "data", "optimizer", "scheduler")], sort_keys=True)
     facts["fingerprint"] = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    try:
-        json.dumps(facts)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"the run history cannot be saved ({error}): update_metric takes numbers, strings and nested lists of them."
-        ) from error
     return facts
 
 

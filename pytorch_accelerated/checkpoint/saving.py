@@ -53,8 +53,7 @@ class CheckpointStore:
         target = self.directory / name
         snapshot.write(target, sequence)
         if self._max_checkpoints is not None:
-            run_id = str(snapshot.facts["run_id"])
-            files.remove_old(self.directory, run_id, self._max_checkpoints, self._passed_over)
+            files.remove_old(self.directory, snapshot.run_id, self._max_checkpoints, self._passed_over)
         return target
 
 
