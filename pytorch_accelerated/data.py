@@ -9,436 +9,37 @@ because models and callbacks may talk to each other in every step.
 from __future__ import annotations
 
 import copy
-import functools
-import hashlib
 import inspect
-import os
-import signal
-import warnings
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from itertools import count, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
-from accelerate.utils import broadcast_object_list, find_batch_size, send_to_device, slice_tensors
+from accelerate.utils import find_batch_size, send_to_device, slice_tensors
 from torch import Tensor
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
-    DistributedSampler,
     IterableDataset,
     RandomSampler,
-    SequentialSampler,
     SubsetRandomSampler,
-    TensorDataset,
     WeightedRandomSampler,
-    default_collate,
-    get_worker_info,
 )
 
+from pytorch_accelerated.dealing import (
+    Fetched,
+    KeyedDataset,
+    Origin,
+    RoundSampler,
+    RoundStream,
+    WorkerInit,
+    as_is,
+    tell_epoch,
+)
 from pytorch_accelerated.errors import did_you_mean
-from pytorch_accelerated.randomness import OwnStreams, chunks, mix, seeded, set_states_of, states_of
-
-# --------------------------------------------------------------------------------------------------------------------
-# What travels from the samplers through the workers to the loop
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class _Deal(NamedTuple):
-    """What one process fetches in one round."""
-
-    indices: Any  # list or tensor of indices into the dataset; of repeated samples where num_samples is 0
-    seed: int  # of the randomness while fetching
-    epoch: int
-    num_samples: int | None  # of this process; None if the dataset makes whole batches
-    round_samples: int | None  # of all processes
-    is_last: bool
-
-
-class _Fetched(NamedTuple):
-    """One batch as it comes out of the dataset."""
-
-    batch: Any
-    num_samples: int | None
-    round_samples: int | None
-    is_last: bool
-    origin: _Origin | None = None
-
-
-class _Origin(NamedTuple):
-    """How far a reader had come with a batch of data that has no order of ours."""
-
-    worker: int
-    num_rounds: int
-    num_items: int  # read by this worker for all processes
-    is_exhausted: bool
-    state: Any  # of the dataset or loader after the batch; None where it has none
-
-
-def _as_is(data: Any) -> Any:
-    return data
-
-
-def _tell_epoch(dataset: Any, epoch: int) -> None:
-    """Call ``set_epoch`` of a dataset that has it, where the epoch is not the one it was told last.
-
-    It may be costly; and training and evaluation may share a dataset, so that only the dataset knows what it was told.
-    """
-    if hasattr(dataset, "set_epoch") and getattr(dataset, "_pytorch_accelerated_epoch", None) != epoch:
-        dataset.set_epoch(epoch)
-        with suppress(AttributeError):  # a dataset that takes no attributes is told each time
-            dataset._pytorch_accelerated_epoch = epoch
-
-
-@functools.cache
-def _num_runs_in_progress() -> Tensor:
-    """Return a counter in shared memory, which the workers of this process see."""
-    counter = torch.zeros((), dtype=torch.int64)
-    counter.share_memory_()  # type: ignore[no-untyped-call]
-    return counter
-
-
-@contextmanager
-def workers_outlive_signals() -> Iterator[None]:
-    """Let workers that are signalled along with the main process live on: it decides when the run is over."""
-    counter = _num_runs_in_progress()
-    counter += 1
-    try:
-        yield
-    finally:
-        counter -= 1
-
-
-class _WorkerInit:
-    """Let ``get_worker_info().dataset`` be the user's dataset, then call the user's ``worker_init_fn``.
-
-    Schedulers and terminals signal whole process groups. A worker that dies of that takes the update with it that the
-    main process is about to finish and save; so while a run is in progress it stays. When the main process dies, torch
-    ends the workers within seconds.
-    """
-
-    def __init__(self, function: Callable[[int], Any] | None) -> None:
-        self._function = function
-        self._num_runs = _num_runs_in_progress()
-
-    def __call__(self, worker_id: int) -> None:
-        for name in ("SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._end_unless_in_a_run)
-        info: Any = get_worker_info()
-        object.__setattr__(info, "dataset", info.dataset.dataset)  # its own __setattr__ refuses everything
-        if self._function is not None:
-            self._function(worker_id)
-
-    def _end_unless_in_a_run(self, signal_number: int, frame: Any) -> None:
-        if not int(self._num_runs):
-            signal.signal(signal_number, signal.SIG_DFL)
-            os.kill(os.getpid(), signal_number)
-
-
-def _share(num_samples: int, batch_size: int | None, process: int, num_processes: int) -> slice:
-    """Return the part of a round of ``num_samples`` that belongs to ``process``."""
-    if batch_size is not None and num_samples == batch_size * num_processes:
-        return slice(process * batch_size, (process + 1) * batch_size)
-    size, rest = divmod(num_samples, num_processes)
-    start = process * size + min(process, rest)
-    return slice(start, start + size + (process < rest))
-
-
-_ROUNDS_IN_A_MESSAGE = 16
-_MAX_ROUNDS_AHEAD = 4096  # that workers and messages may be ahead of the loop
-
-
-class _RoundSampler:
-    """Deal the batches of an epoch to the processes, round by round; a batch sampler for ``_KeyedDataset``."""
-
-    def __init__(self, loader: DataLoader[Any], seed: int, process: int, num_processes: int) -> None:
-        self._seed = seed
-        self._process = process
-        self._num_processes = num_processes
-        self.limit: int | None = None
-        self.epoch = 0
-        self.start = 0
-        """Rounds of the next epoch that are left out, because they were dealt before an interruption."""
-        self.digest_at_start: str | None = None
-        """What the digest of the rounds left out must be; None where it is not known."""
-        self.as_tensor = False
-        self._states: list[dict[str, Any]] | None = None  # of the samplers when the epoch began
-        self._digests: deque[tuple[int, str]] = deque(maxlen=_MAX_ROUNDS_AHEAD)
-        self.batch_sampler = loader.batch_sampler
-        self.sampler = loader.sampler
-        self.batch_size: int | None = None
-        self._drop_last = False
-        if type(loader.batch_sampler) is BatchSampler:
-            self.sampler = loader.batch_sampler.sampler
-            self.batch_size = loader.batch_sampler.batch_size
-            self._drop_last = loader.batch_sampler.drop_last
-        for sampler in (self.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
-            if isinstance(sampler, DistributedSampler):
-                raise ValueError(
-                    "got a DistributedSampler; the Trainer gives each process its part of the data by itself, and "
-                    "would divide that part again. Pass the sampler for one process (shuffle=True, or your own "
-                    "sampler)."
-                )
-
-    def __len__(self) -> int:
-        """Return the rounds in an epoch. Raises TypeError when the sampler has no length."""
-        if self.batch_size is None:
-            source: Any = self.batch_sampler if self.batch_sampler is not None else self.sampler
-            return -(-len(source) // self._num_processes)
-        total = self.batch_size * self._num_processes
-        num_samples = len(self.sampler)  # type: ignore[arg-type]
-        return num_samples // total if self._drop_last else -(-num_samples // total)
-
-    @property
-    def parts(self) -> list[Any]:
-        """Return the samplers, which may hold generators of their own."""
-        parts = [self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None)]
-        return [part for number, part in enumerate(parts) if not any(part is other for other in parts[:number])]
-
-    def state_dict(self, num_rounds: int | None) -> dict[str, Any]:
-        """Return what it takes to deal on after ``num_rounds`` rounds of the epoch; None between epochs."""
-        digests = dict(self._digests)
-        is_between = num_rounds is None or self._states is None
-        return {
-            "samplers": states_of(self.parts) if is_between else self._states,
-            "digest": None if num_rounds is None else digests.get(num_rounds),
-        }
-
-    def __iter__(self) -> Iterator[_Deal]:
-        start, self.start = self.start, 0
-        if self.limit is not None and start >= self.limit:
-            return
-        samplers: tuple[Any, ...] = (self.sampler, self.batch_sampler)
-        for sampler in samplers:
-            if hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(self.epoch)
-        order = self._known_order()
-        self._states = states_of(self.parts) if order is None else None
-        rounds = self._drawn(start) if order is None else self._slices(order, start)
-        upcoming = next(rounds, None)
-        for number in count(start):
-            if upcoming is None:
-                return
-            indices, upcoming = upcoming, next(rounds, None)
-            is_last = upcoming is None or number + 1 == self.limit
-            yield self._deal(indices, number, is_last)
-            if is_last:
-                return
-
-    def _deal(self, drawn: Any, number: int, is_last: bool) -> _Deal:
-        """Return this process's part of round ``number``, for which the sampler has ``drawn`` indices or batches."""
-        process, num_processes = self._process, self._num_processes
-        seed = mix(self._seed, "batch", self.epoch, number * num_processes + process)
-        if self.batch_sampler is None:  # an index stands for a whole batch
-            has_own = process < len(drawn)
-            own = [drawn[process if has_own else 0]]
-            return _Deal(own, seed, self.epoch, None if has_own else 0, None, is_last)
-        if self.batch_size is None:  # batches of any size
-            indices = [index for batch in drawn for index in batch]
-            is_full = len(drawn) == num_processes
-            own = drawn[process] if is_full else indices[_share(len(indices), None, process, num_processes)]
-        else:
-            indices = drawn
-            own = indices[_share(len(indices), self.batch_size, process, num_processes)]
-        num_own = len(own)
-        return _Deal(own if num_own else indices[:1], seed, self.epoch, num_own, len(indices), is_last)
-
-    def _slices(self, order: Tensor, start: int) -> Iterator[Any]:
-        """Yield the indices of each round from round ``start`` on, a list or tensor."""
-        assert self.batch_size is not None
-        total = self.batch_size * self._num_processes
-        stop = len(order) - len(order) % total if self._drop_last else len(order)
-        for first in range(start * total, stop, total):
-            part = order[first : min(first + total, stop)]
-            yield part if self.as_tensor else part.tolist()  # waits for nothing: the order is made on the CPU
-
-    def _drawn(self, start: int) -> Iterator[Any]:
-        """Yield what the user's sampler draws for each round: a list of indices, or of batches where these vary.
-
-        The first ``start`` rounds are drawn and left out, which reads no sample.
-        """
-        streams = OwnStreams(mix(self._seed, "sampler", self.epoch))
-        source: Any = self.sampler
-        size = self._num_processes
-        if self.batch_size is None:
-            source = self.sampler if self.batch_sampler is None else self.batch_sampler
-        else:
-            size *= self.batch_size
-        digest = hashlib.blake2b(digest_size=16)
-        self._digests.clear()
-        for number, drawn in enumerate(self._from_main(chunks(source, size, streams)), 1):
-            if self._drop_last and len(drawn) < size:
-                return
-            digest.update("".join(f"{index}," for index in drawn).encode())
-            self._digests.append((number, digest.hexdigest()))
-            if number > start:
-                yield drawn
-            elif number == start and self.digest_at_start not in (None, digest.hexdigest()) and self._process == 0:
-                warnings.warn(
-                    f"{_type_name(source)} has drawn other samples for epoch {self.epoch} than before the "
-                    "interruption, so some samples of this epoch will be seen twice and others not at all. Let it "
-                    "draw from the global streams or from a torch.Generator that it holds, or give it state_dict and "
-                    "load_state_dict.",
-                    stacklevel=2,
-                )
-
-    def _from_main(self, rounds: Iterator[list[Any]]) -> Iterator[list[Any]]:
-        """Yield the rounds that the main process has drawn: others may draw others, from generators of their own."""
-        if self._num_processes == 1:
-            yield from rounds
-            return
-        while True:
-            part = list(islice(rounds, _ROUNDS_IN_A_MESSAGE)) if self._process == 0 else None
-            received: list[Any] = broadcast_object_list([part])[0]  # collective; every process draws in the same steps
-            yield from received
-            if len(received) < _ROUNDS_IN_A_MESSAGE:
-                return
-
-    def _known_order(self) -> Tensor | None:
-        """Return the order of the whole epoch where it is ours to say, as an int64 tensor."""
-        sampler = self.sampler
-        if self.batch_size is None:
-            return None
-        if type(sampler) is SequentialSampler:
-            return torch.arange(len(sampler))
-        if (
-            type(sampler) is RandomSampler
-            and sampler.generator is None
-            and not sampler.replacement
-            and sampler.num_samples == len(sampler.data_source)
-        ):
-            generator = torch.Generator().manual_seed(mix(self._seed, "order", self.epoch))
-            return torch.randperm(len(sampler), generator=generator)
-        return None
-
-
-class _KeyedDataset:
-    """Fetch and collate the samples of a deal, with randomness that is a function of the deal's seed."""
-
-    def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], makes_batches: bool) -> None:
-        self.dataset = dataset
-        self._collate_fn = collate_fn
-        self._makes_batches = makes_batches
-        # In-memory tensors are indexed a batch at a time and draw no randomness.
-        self.is_in_memory = type(dataset) is TensorDataset and collate_fn is default_collate and not makes_batches
-
-    def __getitems__(self, deal: _Deal) -> _Fetched:
-        if self.is_in_memory:
-            batch = [tensor[deal.indices] for tensor in self.dataset.tensors]
-            return _Fetched(batch, deal.num_samples, deal.round_samples, deal.is_last)
-        # Here and not in the main process: workers that persist keep a copy of the dataset.
-        _tell_epoch(self.dataset, deal.epoch)
-        try:
-            with seeded(deal.seed):
-                batch = self._collate_fn(self._samples(deal.indices))
-        except Exception as error:
-            some, rest = list(deal.indices)[:16], len(deal.indices) - 16
-            error.add_note(
-                f"pytorch_accelerated: samples {some}{f' and {rest} more' if rest > 0 else ''} of the dataset"
-            )
-            raise
-        return _Fetched(batch, deal.num_samples, deal.round_samples, deal.is_last)
-
-    def _samples(self, indices: Any) -> Any:
-        if self._makes_batches:
-            return self.dataset[indices[0]]
-        if getattr(self.dataset, "__getitems__", None):
-            return self.dataset.__getitems__(indices)
-        return [self.dataset[index] for index in indices]
-
-
-_BEGINNING = (0, 0, 0, False, None)
-
-
-class _RoundStream(IterableDataset[_Fetched]):
-    """Read an iterable dataset in rounds and keep this process's part of each.
-
-    Every process reads the whole stream, which must be the same everywhere, so all see its end at the same moment.
-    """
-
-    def __init__(self, loader: DataLoader[Any], seed: int, process: int, num_processes: int) -> None:
-        super().__init__()
-        self.dataset: Any = loader.dataset
-        self._collate_fn: Callable[[Any], Any] = loader.collate_fn
-        self._batch_size = loader.batch_size
-        self._drop_last = bool(loader.drop_last)
-        self._seed = seed
-        self._process = process
-        self._num_processes = num_processes
-        # Shared memory reaches workers that persist, too.
-        self.epoch: Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-
-        self.resumption: dict[str, Any] | None = None
-        """For one epoch: its number, the worker whose turn it is, and how far each worker has come."""
-        self._worker: int | None = None
-
-    @property
-    def has_state(self) -> bool:
-        """Whether the dataset can say where it is, and go on from there."""
-        return hasattr(self.dataset, "state_dict") and hasattr(self.dataset, "load_state_dict")
-
-    def __iter__(self) -> Iterator[_Fetched]:
-        epoch = int(self.epoch)
-        _tell_epoch(self.dataset, epoch)
-        resumption = self.resumption if self.resumption and self.resumption["epoch"] == epoch else None
-        worker = self._take_turn(resumption["next_worker"] if resumption else 0)
-        origin = _Origin(*resumption["workers"].get(worker, _BEGINNING)) if resumption else _Origin(*_BEGINNING)
-        if origin.is_exhausted:
-            return
-        round_size = (self._batch_size or 1) * self._num_processes
-        key = (self._seed, "stream", epoch, worker)
-        iterator: Iterator[Any] | None = None
-        if origin.state is not None:
-            self.dataset.load_state_dict(origin.state)
-            with seeded(mix(*key, 0)):
-                iterator = iter(self.dataset)
-        num_seen = -(-origin.num_items // round_size)  # rounds of another size, where the number of processes changed
-        first = num_seen if origin.state is not None else 0
-        num_items = origin.num_items if origin.state is not None else 0
-        for number in count(first):
-            with seeded(mix(*key, number)):
-                if iterator is None:
-                    iterator = iter(self.dataset)
-                samples = list(islice(iterator, round_size))
-            if not samples or (self._drop_last and len(samples) < round_size):
-                return
-            num_items += len(samples)
-            if number < num_seen:
-                continue  # read before the interruption, and read again because the dataset cannot go on from there
-            with seeded(mix(*key, number, self._process)):
-                fetched = self._collate(samples)
-            state = copy.deepcopy(self.dataset.state_dict()) if self.has_state else None
-            origin = _Origin(worker, number + 1, num_items, len(samples) < round_size, state)
-            yield fetched._replace(origin=origin)
-
-    def _take_turn(self, next_worker: int) -> int:
-        """Return the number of this worker; torch asks worker 0 first, which after an interruption is ``next_worker``.
-
-        The dataset sees it as ``get_worker_info().id``.
-        """
-        info: Any = get_worker_info()
-        if info is None:
-            return 0
-        if self._worker is None:
-            self._worker = int(info.id)
-        worker = (self._worker + next_worker) % int(info.num_workers)
-        object.__setattr__(info, "id", worker)  # its own __setattr__ refuses everything
-        return worker
-
-    def _collate(self, samples: list[Any]) -> _Fetched:
-        share = _share(len(samples), self._batch_size or 1, self._process, self._num_processes)
-        own = samples[share]
-        if self._batch_size is None:  # each item is a whole batch
-            return _Fetched(self._collate_fn((own or samples)[0]), None if own else 0, None, is_last=False)
-        return _Fetched(self._collate_fn(own or samples[:1]), len(own), len(samples), is_last=False)
-
+from pytorch_accelerated.randomness import OwnStreams, chunks, mix, set_states_of, states_of
 
 # --------------------------------------------------------------------------------------------------------------------
 # Loaders
@@ -470,7 +71,7 @@ class ShardedDataLoader:
         self.has_samples = True
         self.is_last = False
         self._start = 0
-        self._origins: dict[int, _Origin] = {}
+        self._origins: dict[int, Origin] = {}
         self._last_worker = -1
 
     @property
@@ -496,7 +97,7 @@ class ShardedDataLoader:
             state_dict: what ``state_dict`` returned there.
         """
         self._start = num_steps or 0
-        self._origins = {worker: _Origin(*origin) for worker, origin in state_dict["origins"].items()}
+        self._origins = {worker: Origin(*origin) for worker, origin in state_dict["origins"].items()}
         self._last_worker = state_dict["last_worker"]
 
     @property
@@ -552,7 +153,7 @@ class ShardedDataLoader:
                 self.round_samples = fetched.round_samples
             yield batch
 
-    def _fetch(self, epoch: int, start: int) -> Iterator[_Fetched]:
+    def _fetch(self, epoch: int, start: int) -> Iterator[Fetched]:
         raise NotImplementedError
 
     def _count(self, batch: Any) -> None:
@@ -578,28 +179,28 @@ class _KeyedLoader(ShardedDataLoader):
         }
         if dataloader.num_workers > 0:
             arguments["prefetch_factor"] = dataloader.prefetch_factor
-            arguments["worker_init_fn"] = _WorkerInit(dataloader.worker_init_fn)
+            arguments["worker_init_fn"] = WorkerInit(dataloader.worker_init_fn)
             arguments["multiprocessing_context"] = dataloader.multiprocessing_context
         # A private generator: torch draws the base seed of the workers from it, and from the global stream without it.
         self._generator = torch.Generator()
         self.knows_sizes = dataloader.batch_sampler is not None or dataloader.batch_size is not None
-        self._sampler: _RoundSampler | None = None
-        self._stream: _RoundStream | None = None
+        self._sampler: RoundSampler | None = None
+        self._stream: RoundStream | None = None
         if isinstance(dataloader.dataset, IterableDataset):
-            self._stream = _RoundStream(dataloader, seed, *processes)
+            self._stream = RoundStream(dataloader, seed, *processes)
             self._loader: DataLoader[Any] = DataLoader(
-                self._stream, batch_size=None, collate_fn=_as_is, generator=self._generator, **arguments
+                self._stream, batch_size=None, collate_fn=as_is, generator=self._generator, **arguments
             )
         else:
             makes_batches = dataloader.batch_sampler is None
-            dataset = _KeyedDataset(dataloader.dataset, dataloader.collate_fn, makes_batches)
-            self._sampler = _RoundSampler(dataloader, seed, *processes)
+            dataset = KeyedDataset(dataloader.dataset, dataloader.collate_fn, makes_batches)
+            self._sampler = RoundSampler(dataloader, seed, *processes)
             # Tensors of indices are quick to index with and slow to send to a worker.
             self._sampler.as_tensor = dataset.is_in_memory and dataloader.num_workers == 0
             self._loader = DataLoader(
                 dataset,  # type: ignore[arg-type]  # a duck: it has __getitems__ alone
                 batch_sampler=self._sampler,  # type: ignore[arg-type]  # yields deals, not lists
-                collate_fn=_as_is,
+                collate_fn=as_is,
                 generator=self._generator,
                 **arguments,
             )
@@ -653,7 +254,7 @@ class _KeyedLoader(ShardedDataLoader):
             next_worker = (self._last_worker + 1) % max(num_workers, 1)
             self._stream.resumption = {"epoch": epoch, "next_worker": next_worker, "workers": state_dict["origins"]}
 
-    def _fetch(self, epoch: int, start: int) -> Iterator[_Fetched]:
+    def _fetch(self, epoch: int, start: int) -> Iterator[Fetched]:
         self._generator.manual_seed(mix(self._seed, "workers", epoch))
         if self._sampler is not None:
             self._sampler.epoch = epoch
@@ -721,12 +322,12 @@ class _ForeignLoader(ShardedDataLoader):
         if len(state_dict.get("samplers", ())) == len(self._parts):
             set_states_of(self._parts, state_dict["samplers"])
 
-    def _fetch(self, epoch: int, start: int) -> Iterator[_Fetched]:
+    def _fetch(self, epoch: int, start: int) -> Iterator[Fetched]:
         loader = self.dataloader
         for part in (loader, *self._parts):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-        _tell_epoch(getattr(loader, "dataset", None), epoch)
+        tell_epoch(getattr(loader, "dataset", None), epoch)
         self._states = states_of(self._parts)
         try:
             yield from _mark_last(self._rounds(epoch, start), self.limit, start)
@@ -735,7 +336,7 @@ class _ForeignLoader(ShardedDataLoader):
                 # A loader left before its end stays on Accelerate's global list of loaders in use (accelerate#4248).
                 loader.end()
 
-    def _rounds(self, epoch: int, start: int) -> Iterator[_Fetched]:
+    def _rounds(self, epoch: int, start: int) -> Iterator[Fetched]:
         streams = OwnStreams(mix(self._seed, "foreign", epoch))
         first = 0
         if start and self._has_state and (state := self._origins[0].state) is not None:
@@ -751,27 +352,27 @@ class _ForeignLoader(ShardedDataLoader):
                 # Now, because the next batch will have been made when this one is used.
                 state = {"loader": copy.deepcopy(self.dataloader.state_dict()), "streams": streams.state_dict()}
             fetched = self._without_repeats(batches[0]) if self._is_divided else self._deal(batches)
-            yield fetched._replace(origin=_Origin(0, number, number, is_exhausted=False, state=state))
+            yield fetched._replace(origin=Origin(0, number, number, is_exhausted=False, state=state))
 
-    def _deal(self, batches: list[Any]) -> _Fetched:
+    def _deal(self, batches: list[Any]) -> Fetched:
         """Return this process's batch of a round."""
         sizes = [find_batch_size(batch) or 1 for batch in batches]
         process = self._accelerator.process_index
         has_own = process < len(batches)
         own = process if has_own else 0
-        return _Fetched(batches[own], sizes[own] if has_own else 0, sum(sizes), is_last=False)
+        return Fetched(batches[own], sizes[own] if has_own else 0, sum(sizes), is_last=False)
 
-    def _without_repeats(self, batch: Any) -> _Fetched:
+    def _without_repeats(self, batch: Any) -> Fetched:
         """Cut off the samples that Accelerate repeats to give every process a full last batch."""
         state = self._accelerator.gradient_state
         if self._accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return _Fetched(batch, None, None, is_last=False)
+            return Fetched(batch, None, None, is_last=False)
         size = find_batch_size(batch) or 1
         left = max(0, min(size, state.remainder - size * self._accelerator.process_index))
-        return _Fetched(slice_tensors(batch, slice(0, max(left, 1))), None if left else 0, None, is_last=False)
+        return Fetched(slice_tensors(batch, slice(0, max(left, 1))), None if left else 0, None, is_last=False)
 
 
-def _mark_last(items: Iterable[_Fetched], limit: int | None, start: int) -> Iterator[_Fetched]:
+def _mark_last(items: Iterable[Fetched], limit: int | None, start: int) -> Iterator[Fetched]:
     """Yield items up to number ``limit``, looking one ahead to mark the last; the first is number ``start``."""
     if limit is not None and start >= limit:
         return

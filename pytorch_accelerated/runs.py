@@ -13,6 +13,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pytorch_accelerated import data, distributed, randomness
+from pytorch_accelerated.dealing import workers_outlive_signals
 from pytorch_accelerated.engine import Engine, raw_optimizer
 from pytorch_accelerated.errors import TrainingInterrupted
 from pytorch_accelerated.passes import DataPass
@@ -190,23 +191,31 @@ def create_training_run(trainer: Trainer, checkpoint: Checkpoint | None, **facts
     return TrainingRun(run_id, seed, loader, eval_loaders, window, checkpoint)
 
 
-def begin_to_resume(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Give a trainer the state back before the hooks and callbacks of the run begin, so that they see where it is.
+def begin(trainer: Trainer, checkpoint: Checkpoint | None, reset_run_history: bool) -> RunCounters:
+    """Set history, counters and limits of a run to its beginning, or to where it goes on, and return the counters.
+
+    What a checkpoint holds is given back before the hooks and callbacks of the run begin, so that they see where it is.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read.
         CheckpointMismatchError: if it is of another run; nothing has been changed then.
     """
-    checkpoint.check(trainer)
-    for note in checkpoint.notes(trainer):
-        trainer.print(f"Note on resuming: {note}")
-    checkpoint.restore(trainer, is_final=False)
-    trainer.print(f"Resuming from {checkpoint.path}: {checkpoint.describe()}.")
-    run, counters = trainer.training_run, trainer.run_history.counters
-    run.set_limits(counters, trainer.run_config)
-    if run.is_stopped or (run.is_epoch_complete and run.has_reached_limit(counters)):
+    run, config = trainer.training_run, trainer.run_config
+    if checkpoint is None and reset_run_history:
+        trainer.run_history.reset()
+    counters = trainer.run_history.counters
+    if checkpoint is not None:
+        checkpoint.check(trainer)
+        for note in checkpoint.notes(trainer):
+            trainer.print(f"Note on resuming: {note}")
+        checkpoint.restore(trainer, is_final=False)
+        trainer.print(f"Resuming from {checkpoint.path}: {checkpoint.describe()}.")
+    run.set_limits(counters, config)
+    if checkpoint is not None and (run.is_stopped or (run.is_epoch_complete and run.has_reached_limit(counters))):
         why = "it was stopped early" if run.is_stopped else "its limits are reached"
         trainer.print(f"Nothing is left of the run to do: {why}. To train on, raise them or resume from another.")
+    trainer.num_runs_started += 1
+    return counters
 
 
 @contextlib.contextmanager
@@ -215,7 +224,7 @@ def running(trainer: Trainer, engine: Engine, end_event: str, is_training: bool 
     if is_training and trainer.seed is not None:
         process = trainer.accelerator.process_index
         randomness.seed_all_streams(trainer.seed if process == 0 else randomness.mix(trainer.seed, "process", process))
-    is_in_use, workers = engine.in_use(), data.workers_outlive_signals()
+    is_in_use, workers = engine.in_use(), workers_outlive_signals()
     with is_in_use, workers, temporarily(trainer, is_training_run=is_training, data_pass=None):
         try:
             yield

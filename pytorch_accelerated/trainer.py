@@ -252,43 +252,33 @@ class Trainer:
         """
         if self.is_training_run:
             raise RuntimeError("train() was called inside a training run of the same trainer; make another Trainer.")
-        check_train_arguments(
-            num_epochs=num_epochs,
-            max_num_train_steps=max_num_train_steps,
-            per_device_batch_size=per_device_batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            gradient_clip_value=gradient_clip_value,
-            gradient_clip_norm=gradient_clip_norm,
-            create_scheduler_fn=create_scheduler_fn,
-        )
+        facts: dict[str, Any] = {
+            "num_epochs": num_epochs,
+            "max_num_train_steps": max_num_train_steps,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "gradient_clip_value": gradient_clip_value,
+            "gradient_clip_norm": gradient_clip_norm,
+        }
+        size = per_device_batch_size
+        check_train_arguments(**facts, per_device_batch_size=size, create_scheduler_fn=create_scheduler_fn)
         if self.optimizer is None:
             raise ValueError("training needs an optimizer: Trainer(model, loss_func, optimizer=...).")
         self.train_dataset, self.eval_dataset, self.collate_fn = train_dataset, eval_dataset, collate_fn
         self.create_scheduler_fn = create_scheduler_fn
         with distributed.failing_together(self.accelerator):
-            directories = save_directories(self.callback_handler)
-            found = checkpoint.find(self.accelerator, resume_from, directories, self.print)
+            facts["gradient_accumulation_steps"] = self._engine.choose_accumulation_steps(gradient_accumulation_steps)
+            found = checkpoint.find(self.accelerator, resume_from, save_directories(self.callback_handler), self.print)
             run = self._run = runs.create_training_run(
                 self,
                 found,
-                num_epochs=num_epochs,
-                max_num_train_steps=max_num_train_steps,
-                train_per_device_batch_size=per_device_batch_size,
-                eval_per_device_batch_size=per_device_batch_size,
+                train_per_device_batch_size=size,
+                eval_per_device_batch_size=size,
                 train_dl_kwargs=dict(train_dataloader_kwargs or {}),
                 eval_dl_kwargs=dict(eval_dataloader_kwargs or {}),
-                gradient_accumulation_steps=self._engine.choose_accumulation_steps(gradient_accumulation_steps),
-                gradient_clip_value=gradient_clip_value,
-                gradient_clip_norm=gradient_clip_norm,
+                **facts,
             )
             self._engine.check_what_moves(has_schedule=self.scheduler is not None)
-            self.num_runs_started += 1
-            if found is not None:
-                runs.begin_to_resume(self, found)
-            elif reset_run_history:
-                self.run_history.reset()
-            counters = self.run_history.counters
-            run.set_limits(counters, self.run_config)
+            counters = runs.begin(self, found, reset_run_history)
             with runs.running(self, self._engine, "on_train_run_end", is_training=True):
                 try:
                     self.training_run_start()

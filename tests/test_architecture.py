@@ -28,6 +28,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each line may import from the lines above it.
 LAYERS = [
     {"_version", "errors", "randomness"},
+    {"dealing"},
     {"run_config", "tracking", "data", "distributed", "engine", "finetuning", "signals"},
     {"passes", "schedulers"},
     {"checkpoint"},

@@ -25,7 +25,8 @@ from torch.utils.data import (
 
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import LambdaCallback
-from pytorch_accelerated.data import create_dataloader, describe, mix, shard_dataloader
+from pytorch_accelerated.data import create_dataloader, describe, shard_dataloader
+from pytorch_accelerated.randomness import mix
 from tests.support import PlainDataset, Stream, assert_equal_weights, make_data, make_mlp, run_processes, weights_of
 
 
