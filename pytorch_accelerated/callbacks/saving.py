@@ -21,6 +21,7 @@ from pytorch_accelerated.checkpoint import (
     capture_alone,
     check_can_save,
     load_portable,
+    prepare_directory,
     read_metadata,
     save_portable,
 )
@@ -109,7 +110,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         self.save_on_exception = save_on_exception
         self.latest: Path | None = None
         """The newest checkpoint of the run that is known to be whole."""
-        self._store = CheckpointStore(self.save_dir, max_checkpoints)
+        self._store = CheckpointStore(self.save_dir, max_checkpoints, type(self).__name__)
         self._signals = SignalWatch()
         self._in_background: Future[Path] | None = None
         self._executor: ThreadPoolExecutor | None = None
@@ -121,8 +122,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         check_can_save(trainer)
         run = trainer.training_run
         self.latest = run.checkpoint.path if run.checkpoint is not None else None
-        prepare = partial(self._store.prepare, self.latest)
-        distributed.on_main_process(trainer.accelerator, prepare, CheckpointError)
+        distributed.on_main_process(trainer.accelerator, self._store.prepare, CheckpointError)
         if run.loader.resume_note is not None:
             trainer.print(f"Note on resuming: {run.loader.resume_note}")
         self._start = self._last_save = time.monotonic()
@@ -283,7 +283,7 @@ class WSDCheckpointCallback(TrainerCallback):
     def __init__(self, save_dir: str | Path) -> None:
         """Take the directory for the checkpoint."""
         self.save_dir = Path(save_dir)
-        self._store = CheckpointStore(self.save_dir, max_checkpoints=None)
+        self._store = CheckpointStore(self.save_dir, None, type(self).__name__)
 
     def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
         """Check that there is such a schedule, and that it is possible to save.
@@ -298,9 +298,7 @@ class WSDCheckpointCallback(TrainerCallback):
                 "train(create_scheduler_fn=WSDLrScheduler.create_scheduler_fn(decay_phase_ratio=0.2))."
             )
         check_can_save(trainer)
-        found = trainer.training_run.checkpoint
-        prepare = partial(self._store.prepare, None if found is None else found.path)
-        distributed.on_main_process(trainer.accelerator, prepare, CheckpointError)
+        distributed.on_main_process(trainer.accelerator, self._store.prepare, CheckpointError)
 
     def on_train_update_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save if the decay comes next."""
@@ -353,10 +351,16 @@ class SaveBestModelCallback(MetricWatcher):
         self._run_id: str | None = None
 
     def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Forget the best value, and check that the metric can appear. Raises ValueError if it cannot."""
+        """Forget the best value, and clear away what killed saves have left.
+
+        Raises:
+            CheckpointError: if it is not possible to save.
+            ValueError: if the metric cannot appear.
+        """
         super().on_train_run_begin(trainer, **kwargs)
         if self.reset_on_train:
             self.best_value, self._run_id = None, None
+        distributed.on_main_process(trainer.accelerator, partial(prepare_directory, self.save_path), CheckpointError)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look for a new value, and save if it is the best. Raises CheckpointError if that fails."""

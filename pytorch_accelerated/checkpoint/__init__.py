@@ -19,7 +19,7 @@ from pytorch_accelerated.checkpoint.files import (
     verify,
 )
 from pytorch_accelerated.checkpoint.portable import load_portable, read_metadata, save_portable
-from pytorch_accelerated.checkpoint.saving import Boundary, CheckpointStore, capture_alone
+from pytorch_accelerated.checkpoint.saving import Boundary, CheckpointStore, capture_alone, prepare_directory
 from pytorch_accelerated.checkpoint.weights import read_weights, save_weights, weights_of
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "list_checkpoints",
     "load_portable",
     "load_state",
+    "prepare_directory",
     "read_manifest",
     "read_metadata",
     "read_weights",

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _verify(paths: list[Path], is_single: bool) -> int:
     taken: Path | None = None
+    num_whole = 0
     for path in paths:
         try:
             num_bytes = sum(facts["size"] for facts in verify(path)["files"].values())
@@ -50,14 +51,14 @@ def _verify(paths: list[Path], is_single: bool) -> int:
             _say(f"{path}: NOT WHOLE: {error}")
             continue
         _say(f"{path}: whole, {_size(num_bytes)}")
-        taken = taken or path
+        taken, num_whole = taken or path, num_whole + 1
     if not is_single:
         if taken is None:
             _say("resume_from='latest' would take none, and raise an error.")
         else:
             why = "the newest" if taken == paths[0] else "the newest that is whole"
             _say(f"resume_from='latest' would take {taken.name}, {why}.")
-    return 0 if taken is not None else 1
+    return 0 if num_whole == len(paths) else 1
 
 
 def _inspect(path: Path) -> int:

@@ -21,6 +21,7 @@ from pytorch_accelerated._version import __version__
 from pytorch_accelerated.checkpoint import files, weights
 from pytorch_accelerated.engine import raw_optimizer
 from pytorch_accelerated.errors import CheckpointError, CheckpointMismatchError, NonFiniteError
+from pytorch_accelerated.tracking import RunCounters
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -39,10 +40,10 @@ class Snapshot:
 
     def to_host(self) -> Snapshot:
         """Return a copy that nothing else refers to, on the CPU."""
-        copies = copied(self.tensors), copied(self.optimizer), copied(self.state)
+        copies = weights.copied(self.tensors), weights.copied(self.optimizer), weights.copied(self.state)
         return Snapshot(*copies, self.facts, self.run_id, self.counters)
 
-    def write(self, target: Path, sequence: int = 0) -> None:
+    def write(self, target: Path, sequence: int = 0, keeper: str = "") -> None:
         """Write the checkpoint ``target``.
 
         Raises:
@@ -54,23 +55,11 @@ class Snapshot:
             files.STATE: lambda file: weights.save_plain(self.state, file),
             files.FACTS: lambda file: _write_bytes(file, self.facts),
         }
-        files.write_checkpoint(target, writers, {"run_id": self.run_id, "sequence": sequence})
+        files.write_checkpoint(target, writers, {"run_id": self.run_id, "sequence": sequence, "keeper": keeper})
 
 
 def _write_bytes(file: files.DurableFile, data: bytes) -> None:
     file.write(data)
-
-
-def copied(value: Any) -> Any:
-    """Return a copy of nested lists and dicts that shares no tensor with them, on the CPU."""
-    if isinstance(value, Tensor):
-        # The one wait for the device that saving in the background takes.
-        return value.detach().to("cpu", copy=True)
-    if type(value) in (list, tuple, set):
-        return type(value)(copied(item) for item in value)
-    if isinstance(value, dict):
-        return type(value)((key, copied(item)) for key, item in value.items())
-    return value
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -102,7 +91,7 @@ def capture(trainer: Trainer, rows: list[dict[str, Any]] | None = None) -> Snaps
     _check_finite(model)
     run = trainer.training_run
     all_weights = weights.weights_of(model)
-    tensors = weights.only_tensors(all_weights)
+    tensors = weights.only_storable(all_weights)
     optimizer = raw_optimizer(trainer.optimizer)
     scaler = trainer.accelerator.scaler
     modes = run.suspended.modes if run.suspended is not None else _modes_of(trainer)
@@ -119,8 +108,10 @@ def capture(trainer: Trainer, rows: list[dict[str, Any]] | None = None) -> Snaps
         "eval_loaders": {name or "": loader.state_dict(None) for name, loader in run.eval_loaders.items()},
         "extra": trainer.get_extra_state(),
     }
+    state, groups = weights.as_plain(state), _group_names(trainer)
+    optimizer_state = weights.as_plain({"groups": groups, "state": optimizer.state_dict()})
     weights.check_loadable(state, "state")
-    groups = _group_names(trainer)
+    weights.check_loadable(optimizer_state, "optimizer")
     facts = _facts_of(trainer, type(optimizer).__name__, groups)
     try:
         text = json.dumps(facts, indent=1).encode()
@@ -128,7 +119,6 @@ def capture(trainer: Trainer, rows: list[dict[str, Any]] | None = None) -> Snaps
         raise TypeError(
             f"the run history cannot be saved ({error}): update_metric takes numbers, strings and nested lists of them."
         ) from error
-    optimizer_state = {"groups": groups, "state": optimizer.state_dict()}
     return Snapshot(tensors, optimizer_state, state, text, run.run_id, facts["history"]["counters"])
 
 
@@ -160,7 +150,8 @@ def check_can_save(trainer: Trainer) -> None:
 
 
 def _check_finite(model: nn.Module) -> None:
-    parameters = [p.detach() for p in model.parameters() if p.is_floating_point() and p.numel()]
+    candidates = [p.detach() for p in model.parameters() if p.is_floating_point() and p.numel()]
+    parameters = [parameter for parameter in candidates if parameter.layout is torch.strided]
     # Norms before one look, because each look waits for the device.
     norms = [norm.float() for norm in torch._foreach_norm(parameters, math.inf)] if parameters else []
     if norms and not bool(torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms])).all()):
@@ -168,6 +159,13 @@ def _check_finite(model: nn.Module) -> None:
         raise NonFiniteError(
             f"the weights are not finite ({', '.join(bad[:3])}), and the newest checkpoint always is: not saved. "
             "TerminateOnNaNCallback, one of the default callbacks, keeps such numbers away from the weights."
+        )
+    # Masks may well be infinite, but nothing is meant to be NaN.
+    buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point() and b.layout is torch.strided}
+    spoilt = [name for name, buffer in buffers.items() if bool(torch.isnan(buffer).any())]
+    if spoilt:
+        raise NonFiniteError(
+            f"buffers of the model are NaN ({', '.join(spoilt[:3])}), and the newest checkpoint never is: not saved."
         )
 
 
@@ -270,6 +268,58 @@ def data_facts(trainer: Trainer) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+_MAYBE_INT, _MAYBE_STR, _MAYBE_DICT = (int, type(None)), (str, type(None)), (dict, type(None))
+_FACTS = {
+    "run_id": str,
+    "seed": int,
+    "position": dict,
+    "first_epoch": int,
+    "first_update": int,
+    "num_epochs": _MAYBE_INT,
+    "max_num_train_steps": _MAYBE_INT,
+    "num_updates": _MAYBE_INT,
+    "data": dict,
+    "optimizer": dict,
+    "scheduler": _MAYBE_STR,
+    "history": dict,
+    "config": dict,
+    "versions": dict,
+    "fingerprint": str,
+}
+_POSITION = {
+    "is_in_epoch": bool,
+    "is_epoch_exhausted": bool,
+    "num_steps_in_epoch": int,
+    "pending_evaluation": _MAYBE_STR,
+    "num_evaluated": int,
+    "is_stopped": bool,
+}
+_DATA = {
+    "num_samples": _MAYBE_INT,
+    "total_batch_size": _MAYBE_INT,
+    "batches_in_update": _MAYBE_INT,
+    "limit_train_batches": _MAYBE_INT,
+    "per_device_batch_size": _MAYBE_INT,
+    "num_processes": int,
+    "gradient_accumulation_steps": int,
+    "mixed_precision": str,
+}
+_STATE = {
+    "model_extra": dict,
+    "in_eval_mode": list,
+    "frozen": list,
+    "modules": dict,
+    "scheduler": _MAYBE_DICT,
+    "scaler": _MAYBE_DICT,
+    "callbacks": dict,
+    "processes": list,
+    "train_loader": dict,
+    "eval_loaders": dict,
+    "extra": object,
+}
+_OPTIMIZER = {"groups": list, "state": dict}
+
+
 class Checkpoint:
     """A checkpoint that a run can go on from."""
 
@@ -282,10 +332,31 @@ class Checkpoint:
         self.path = path
         with files.damage_reported(path):
             self.facts: dict[str, Any] = json.loads((path / files.FACTS).read_text(encoding="utf-8"))
-            self.position: dict[str, Any] = self.facts["position"]
-            self.counters: dict[str, int] = self.facts["history"]["counters"]
-            self.seed = int(self.facts["seed"])
-            self.run_id = str(self.facts["run_id"])
+        self._check_fields(self.facts, _FACTS, files.FACTS)
+        self.position: dict[str, Any] = self.facts["position"]
+        self.counters: dict[str, int] = self.facts["history"].get("counters")
+        self.seed: int = self.facts["seed"]
+        self.run_id: str = self.facts["run_id"]
+        counters = {field.name: int for field in dataclasses.fields(RunCounters)}
+        for value, fields in (
+            (self.position, _POSITION),
+            (self.counters, counters),
+            (self.facts["data"], _DATA),
+            (self.facts["optimizer"], {"type": str, "groups": list, "defaults": dict}),
+            (self.facts["history"], {"metrics": dict}),
+        ):
+            self._check_fields(value, fields, files.FACTS)
+
+    def _check_fields(self, value: Any, fields: dict[str, Any], name: str) -> None:
+        """Raise CheckpointError if ``value`` is not a dict with these fields of these types."""
+        for field, kind in fields.items():
+            if not isinstance(value, dict) or field not in value or not isinstance(value[field], kind):
+                raise CheckpointError(f"the checkpoint {self.path} is no checkpoint: {name} has no {field!r} to use.")
+
+    def _read(self, name: str, fields: dict[str, Any]) -> dict[str, Any]:
+        content: dict[str, Any] = weights.read_with_torch(self.path / name)
+        self._check_fields(content, fields, name)
+        return content
 
     def describe(self) -> str:
         """Return in words where the run was."""
@@ -376,57 +447,53 @@ class Checkpoint:
             CheckpointMismatchError: if the checkpoint is of another model or optimizer.
         """
         model = trainer.get_model()
-        state = weights.read_with_torch(self.path / files.STATE)
-        with files.damage_reported(self.path):
-            weights.put_weights(
-                model, weights.read_weights(self.path / files.MODEL) | state["model_extra"], self.path / files.MODEL
-            )
-            in_eval_mode, frozen = set(state["in_eval_mode"]), set(state["frozen"])
-            for name, module in model.named_modules():
-                module.training = weights.clean_name(name) not in in_eval_mode
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad == (weights.clean_name(name) in frozen):
-                    parameter.requires_grad_(weights.clean_name(name) not in frozen)
-            modules = _other_modules(trainer)
-            for name, module_state in state["modules"].items():
-                if name in modules:
-                    modules[name].load_state_dict(module_state)
-            self._restore_optimizer(trainer, is_final)
-            if state["scheduler"] is not None and trainer.scheduler is not None:
-                trainer.scheduler.load_state_dict(state["scheduler"])
-            if state["scaler"] and trainer.accelerator.scaler is not None:
-                trainer.accelerator.scaler.load_state_dict(state["scaler"])
-            trainer.run_history.load_state_dict(self.facts["history"])
-            trainer.callback_handler.load_state_dict(state["callbacks"])
-            if state["extra"] is not None:
-                trainer.set_extra_state(state["extra"])
-            if has_position:
-                self._restore_run(trainer, state, is_final)
+        state, saved = self._read(files.STATE, _STATE), self._read(files.OPTIMIZER, _OPTIMIZER)
+        values = weights.read_weights(self.path / files.MODEL) | state["model_extra"]
+        self._check_groups(trainer, saved, is_final)
+        weights.put_weights(model, values, self.path / files.MODEL)
+        in_eval_mode, frozen = set(state["in_eval_mode"]), set(state["frozen"])
+        for name, module in model.named_modules():
+            module.training = weights.clean_name(name) not in in_eval_mode
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad == (weights.clean_name(name) in frozen):
+                parameter.requires_grad_(weights.clean_name(name) not in frozen)
+        modules = _other_modules(trainer)
+        for name, module_state in state["modules"].items():
+            if name in modules:
+                modules[name].load_state_dict(module_state)
+        if trainer.optimizer is not None and _group_names(trainer) == saved["groups"]:
+            raw_optimizer(trainer.optimizer).load_state_dict(saved["state"])
+        if state["scheduler"] is not None and trainer.scheduler is not None and has_position:
+            trainer.scheduler.load_state_dict(state["scheduler"])
+        if state["scaler"] and trainer.accelerator.scaler is not None:
+            trainer.accelerator.scaler.load_state_dict(state["scaler"])
+        trainer.run_history.load_state_dict(self.facts["history"])
+        trainer.callback_handler.load_state_dict(state["callbacks"])
+        if state["extra"] is not None:
+            trainer.set_extra_state(state["extra"])
+        if has_position:
+            self._restore_run(trainer, state, is_final)
 
-    def _restore_optimizer(self, trainer: Trainer, is_final: bool) -> None:
-        if trainer.optimizer is None:
+    def _check_groups(self, trainer: Trainer, saved: dict[str, Any], is_final: bool) -> None:
+        """Raise CheckpointMismatchError if the optimizer holds other parameters; add the groups that are missing.
+
+        A hook of an earlier epoch may have added groups, as when layers were unfrozen. One that is about to be called
+        again may add them itself, so they are added at the end only.
+        """
+        if trainer.optimizer is None or not is_final:
             return
-        saved = weights.read_with_torch(self.path / files.OPTIMIZER)
-        optimizer = raw_optimizer(trainer.optimizer)
-        own = _group_names(trainer)
-        # A hook of an earlier epoch may have added groups, as when layers were unfrozen. One that is about to be called
-        # again may add them itself, so they are added at the end only.
-        if is_final and own == saved["groups"][: len(own)] and len(own) < len(saved["groups"]):
-            parameters = dict(trainer.get_model().named_parameters())
-            for attribute, module in _other_modules(trainer).items():
-                parameters |= {f"{attribute}.{name}": p for name, p in module.named_parameters()}
-            parameters = {weights.clean_name(name): parameter for name, parameter in parameters.items()}
-            for names in saved["groups"][len(own) :]:
-                optimizer.add_param_group({"params": [parameters[name] for name in names]})
-            own = saved["groups"]
-        if own == saved["groups"]:
-            optimizer.load_state_dict(saved["state"])
-        elif is_final:
+        optimizer, own, there = raw_optimizer(trainer.optimizer), _group_names(trainer), saved["groups"]
+        if own != there[: len(own)] or self.facts["optimizer"]["type"] != type(optimizer).__name__:
             raise CheckpointMismatchError(
-                f"the optimizer has groups of {[len(group) for group in saved['groups']]} parameters in {self.path} "
-                f"and of {[len(group) for group in own]} in this run; first difference: "
-                f"{_first_difference(saved, own)}."
+                f"the optimizer, {self.facts['optimizer']['type']}, has groups of {[len(group) for group in there]} "
+                f"parameters in {self.path}, and {type(optimizer).__name__} of {[len(group) for group in own]} in this "
+                f"run; first difference: {_first_difference(there, own)}."
             )
+        if len(own) < len(there):
+            parameters = {f"{a}.{n}": p for a, m in _other_modules(trainer).items() for n, p in m.named_parameters()}
+            parameters |= {weights.clean_name(name): p for name, p in trainer.get_model().named_parameters()}
+            for names in there[len(own) :]:
+                optimizer.add_param_group({"params": [parameters[name] for name in names]})
 
     def _restore_run(self, trainer: Trainer, state: dict[str, Any], is_final: bool) -> None:
         run, position = trainer.training_run, self.position
@@ -485,13 +552,13 @@ def load_state(trainer: Trainer, source: Path) -> None:
     found.restore(trainer, is_final=True, has_position=False)
 
 
-def _first_difference(saved: dict[str, Any], own: list[list[str]]) -> str:
-    theirs = [name for group in saved["groups"] for name in group]
+def _first_difference(there: list[list[str]], own: list[list[str]]) -> str:
+    theirs = [name for group in there for name in group]
     ours = [name for group in own for name in group]
     for first, second in zip(theirs, ours, strict=False):
         if first != second:
             return f"{first} there, {second} here"
-    return "the number of groups"
+    return "the sizes of the groups"
 
 
 def find(
@@ -529,7 +596,11 @@ def find(
 def _find_on_main(resume_from: str | Path, directories: list[Path], say: Callable[[str], None]) -> Path | None:
     if resume_from != "latest":
         path = Path(resume_from)
-        if not str(resume_from) or not path.is_dir():
+        try:
+            is_there = bool(str(resume_from)) and path.is_dir()
+        except OSError:  # such as a name that is too long
+            is_there = False
+        if not is_there:
             raise CheckpointError(
                 f"resume_from={str(resume_from)!r}: there is no such directory. Give a checkpoint, a directory that "
                 "holds checkpoints, or 'latest', which begins anew where there is none."
@@ -546,8 +617,15 @@ def _find_on_main(resume_from: str | Path, directories: list[Path], say: Callabl
             "resume_from='latest' looks where SaveTrainingStateCallback saves, but there is none among the callbacks. "
             "Add one, or give the directory."
         )
-    newest = [files.find_newest(directory, say) for directory in directories]
-    found = [path for path in newest if path is not None]
+    found, problems = [], []
+    for directory in directories:
+        try:
+            newest = files.find_newest(directory, say)
+            found += [newest] if newest is not None else []
+        except CheckpointError as error:
+            problems.append(error)
+    if not found and problems:
+        raise problems[0]
     if not found:
         say(f"No checkpoint in {', '.join(map(str, directories))}: beginning anew.")
         return None

@@ -8,6 +8,7 @@ something, and that is what the manifest shows.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -89,7 +90,7 @@ class DurableFile:
         self._hasher = hasher
         self._hashing: Future[None] | None = None
         self._error: OSError | None = None
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
 
     def write(self, data: Any) -> int:
         """Write bytes, or anything with the bytes of a contiguous buffer; return how many."""
@@ -132,6 +133,7 @@ class DurableFile:
             while written < chunk.nbytes:  # the system may take less than it is given
                 written += os.write(self._descriptor, chunk[written:])
             self.size += chunk.nbytes
+        self._wait()  # the caller may use its buffer again
 
     def _wait(self) -> None:
         if self._hashing is not None:
@@ -146,18 +148,20 @@ def write_file(path: Path, writer: Writer) -> str:
     """Write one file that takes the place of any other at once, and return its SHA-256.
 
     Raises:
-        CheckpointError: if it cannot be written; what was at ``path`` is as it was.
+        CheckpointError: if it cannot be written; the message says whether what was at ``path`` is as it was.
     """
     temporary = path.parent / f"{_temporary_prefix()}{path.name}"
+    is_replaced = False
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(path.parent)
         with ThreadPoolExecutor(max_workers=1) as hasher:
             digest, _ = _write(temporary, writer, hasher)
         os.replace(temporary, path)
+        is_replaced = True
         _sync_directory(path.parent)
         return digest
     except OSError as error:
-        raise _cannot_save(path, error) from error
+        raise _cannot_save(path, error, is_replaced) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -174,11 +178,11 @@ def write_checkpoint(target: Path, writers: Mapping[str, Writer], facts: Mapping
     Raises:
         CheckpointError: if there is something at ``target``, or it cannot be written.
     """
-    if target.exists() or target.is_symlink():
-        raise CheckpointError(f"{target} is there already, and a checkpoint never replaces another: choose another.")
     temporary = target.parent / f"{_temporary_prefix()}{target.name}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(target):
+            raise CheckpointError(f"{target} is there already, and a checkpoint never replaces another.")
+        _make_directory(target.parent)
         temporary.mkdir()
         files: dict[str, dict[str, Any]] = {}
         with ThreadPoolExecutor(max_workers=1) as hasher:
@@ -189,7 +193,11 @@ def write_checkpoint(target: Path, writers: Mapping[str, Writer], facts: Mapping
             _write(temporary / MANIFEST, lambda file: _write_all(file, _sealed(content)), hasher)
         _sync_directory(temporary)
         os.replace(temporary, target)
-        _sync_directory(target.parent)
+        try:
+            _sync_directory(target.parent)
+        except OSError:
+            os.replace(target, temporary)  # it might not outlive a loss of power, so it is not there
+            raise
     except OSError as error:
         raise _cannot_save(target, error) from error
     finally:
@@ -212,6 +220,17 @@ def _write(path: Path, writer: Writer, hasher: ThreadPoolExecutor) -> tuple[str,
     return file.close(), file.size
 
 
+def _make_directory(path: Path) -> None:
+    """Make a directory and those above it that are missing, and flush their names to the disk."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        _sync_directory(directory.parent)
+
+
 def _sync_directory(path: Path) -> None:
     """Flush the names in a directory to the disk, where the system knows of that."""
     if os.name == "nt":
@@ -219,6 +238,9 @@ def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that flush names by themselves
+            raise
     finally:
         os.close(descriptor)
 
@@ -231,12 +253,23 @@ def _host() -> str:
     return re.sub(r"\W", "_", socket.gethostname())
 
 
-def _cannot_save(target: Path, error: OSError) -> CheckpointError:
+def _cannot_save(target: Path, error: OSError, is_replaced: bool = False) -> CheckpointError:
     where = f" ({error.filename})" if error.filename and str(error.filename) != str(target) else ""
-    return CheckpointError(
-        f"cannot save {target}: {error.strerror or error}{where}. What was saved before is as it was; nothing of this "
-        "one is left behind."
-    )
+    rest = "What was saved before is as it was; nothing of this one is left behind."
+    if is_replaced:
+        rest = "It has been replaced, but may be lost if the power fails."
+    return CheckpointError(f"cannot save {target}: {error.strerror or error}{where}. {rest}")
+
+
+def check_writable(directory: Path) -> None:
+    """Make a directory, and write a file into it for trial. Raises CheckpointError if that fails."""
+    trial = directory / f"{_temporary_prefix()}trial"
+    try:
+        _make_directory(directory)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise _cannot_save(directory, error) from error
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -245,38 +278,31 @@ def remove_leftovers(directory: Path) -> None:
         match = re.match(rf"({re.escape(_TEMPORARY)}|{re.escape(_DISCARDED)})(\w+)-(\d+)-", path.name)
         if match is None:
             continue
-        is_alive = match[2] == _host() and int(match[3]) != os.getpid() and psutil.pid_exists(int(match[3]))
-        with suppress(OSError):
+        with suppress(OSError, OverflowError):  # a number that is too large for a process is nobody's
+            is_alive = match[2] == _host() and int(match[3]) != os.getpid() and psutil.pid_exists(int(match[3]))
             age = time.time() - path.lstat().st_mtime
             if not is_alive and (match[2] == _host() or age > _SECONDS_UNTIL_STALE):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
-def remove_old(directory: Path, run_id: str, max_checkpoints: int, damaged: set[str]) -> None:
-    """Delete the oldest checkpoints of a run, so that at most ``max_checkpoints`` are left.
+def remove_old(candidates: list[Path], max_checkpoints: int) -> None:
+    """Delete checkpoints, so that at most ``max_checkpoints`` are left.
 
-    Those of other runs stay, and do not count; nor do those named in ``damaged``.
+    Args:
+        candidates: whole checkpoints, newest first.
+        max_checkpoints: how many of them stay.
+
+    Raises:
+        CheckpointError: if one cannot be deleted.
     """
-    num_kept = 0
-    for path in list_checkpoints(directory):
-        if path.name in damaged or _run_id_of(path) != run_id:
-            continue
-        num_kept += 1
-        if num_kept > max_checkpoints:
-            # Renamed first: a kill in the middle must not leave something that bears a checkpoint's name.
-            discarded = directory / f"{_DISCARDED}{_host()}-{os.getpid()}-{path.name}"
-            try:
-                os.replace(path, discarded)
-                shutil.rmtree(discarded)
-            except OSError as error:
-                raise CheckpointError(f"cannot delete the old checkpoint {path}: {error.strerror}.") from error
-
-
-def _run_id_of(path: Path) -> str | None:
-    try:
-        return str(read_manifest(path).get("run_id"))
-    except CheckpointError:
-        return None
+    for path in candidates[max_checkpoints:]:
+        # Renamed first: a kill in the middle must not leave something that bears a checkpoint's name.
+        discarded = path.parent / f"{_DISCARDED}{_host()}-{os.getpid()}-{path.name}"
+        try:
+            os.replace(path, discarded)
+            shutil.rmtree(discarded)
+        except OSError as error:
+            raise CheckpointError(f"cannot delete the old checkpoint {path}: {error.strerror}.") from error
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -304,12 +330,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         sealed = json.loads(data)
         content: dict[str, Any] = sealed["content"]
         is_whole = _sealed(content) == data
-        version = content["format_version"]
+        version = int(content["format_version"])
     except FileNotFoundError:
         raise CheckpointError(f"{MANIFEST} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         raise CheckpointError(f"{MANIFEST} is damaged") from None
     if not is_whole:
         raise CheckpointError(f"{MANIFEST} is damaged")
@@ -327,8 +353,11 @@ def verify(path: Path) -> dict[str, Any]:
     content = read_manifest(path)
     try:
         files = {str(name): (int(facts["size"]), str(facts["sha256"])) for name, facts in content["files"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise CheckpointError(f"{MANIFEST} is damaged") from None
+    for name in (MODEL, OPTIMIZER, STATE, FACTS):
+        if name not in files:
+            raise CheckpointError(f"{MANIFEST} does not name {name}")
     for name, (expected_size, expected_hash) in files.items():
         if name != os.path.basename(name) or name in ("", ".", ".."):
             raise CheckpointError(f"{MANIFEST} names the file {name!r}, which is not one of the checkpoint's directory")
@@ -342,6 +371,8 @@ def verify(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{name} is missing") from None
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
+        except ValueError:  # no name of a file has such characters
+            raise CheckpointError(f"{MANIFEST} names the file {name!r}, which cannot be") from None
     return content
 
 
@@ -388,8 +419,10 @@ def find_newest(directory: Path, say: Callable[[str], None]) -> Path | None:
 
 def is_checkpoint(path: Path) -> bool:
     """Return whether a directory is a checkpoint, whole or not, rather than one that holds some."""
-    files = (MANIFEST, MODEL, OPTIMIZER, STATE, FACTS)
-    return _NAME.fullmatch(path.name) is not None or any((path / name).exists() for name in files)
+    if _NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists():
+        return True
+    # A damaged one by another name. Weights alone may lie beside the checkpoints of a directory.
+    return not list_checkpoints(path) and any((path / name).exists() for name in (OPTIMIZER, STATE, FACTS))
 
 
 @contextmanager
@@ -402,4 +435,7 @@ def damage_reported(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise CheckpointError(f"the checkpoint {path} lacks {Path(str(error.filename)).name}.") from error
     except Exception as error:
+        if type(error).__name__ == "UnpicklingError":
+            # Torch's own words propose to run what is in it.
+            raise CheckpointError(f"{path} is damaged, or holds more than plain data, which is not loaded.") from None
         raise CheckpointError(f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}") from error

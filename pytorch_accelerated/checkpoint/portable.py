@@ -12,7 +12,7 @@ from safetensors import safe_open
 from pytorch_accelerated import distributed
 from pytorch_accelerated.checkpoint import files, weights
 from pytorch_accelerated.engine import raw_optimizer
-from pytorch_accelerated.errors import CheckpointError
+from pytorch_accelerated.errors import CheckpointError, CheckpointMismatchError
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -84,30 +84,62 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: if the file is not there or cannot be read.
     """
-    if not path.exists():
-        raise CheckpointError(f"there is no file {path}.")
+    weights.check_is_file(path)
     if path.suffix != weights.SAFETENSORS:
-        return dict(weights.read_with_torch(path).get(METADATA_KEY, {}))
+        with files.damage_reported(path):
+            return dict(weights.read_with_torch(path).get(METADATA_KEY, {}))
     with files.damage_reported(path), safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
 
 
 def load_portable(trainer: Trainer, path: Path, load_optimizer: bool) -> None:
     """Load weights and, where the file has one, the optimizer; see ``Trainer.load_checkpoint``."""
+    with files.damage_reported(path):
+        values, optimizer_state = _read(path, load_optimizer)
+    optimizer = None
+    if optimizer_state is not None and trainer.optimizer is not None:
+        trainer.prepare_model_and_optimizer()  # the optimizer may be a function that makes one
+        optimizer = raw_optimizer(trainer.optimizer)
+        check_groups(optimizer, optimizer_state, path)
+    weights.put_weights(trainer.get_model(), values, path)
+    if optimizer is not None:
+        optimizer.load_state_dict(optimizer_state)
+
+
+def _read(path: Path, with_optimizer: bool) -> tuple[dict[str, Any], Any]:
+    """Return weights under clean names and, where it is there and wanted, the state of the optimizer."""
     optimizer_state = None
     if path.is_dir():
-        with files.damage_reported(path):
+        try:
             files.verify(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is no whole checkpoint: {error}.") from error
         values = weights.read_weights(path / files.MODEL)
         values |= weights.read_with_torch(path / files.STATE)["model_extra"]
-        if load_optimizer:
+        if with_optimizer:
             optimizer_state = weights.read_with_torch(path / files.OPTIMIZER)["state"]
     else:
         values = weights.read_weights(path)
         if MODEL_KEY in values:
-            optimizer_state = values.get(OPTIMIZER_KEY) if load_optimizer else None
+            optimizer_state = values.get(OPTIMIZER_KEY) if with_optimizer else None
             values = values[MODEL_KEY]
-    weights.put_weights(trainer.get_model(), {weights.clean_name(name): value for name, value in values.items()}, path)
-    if optimizer_state is not None and trainer.optimizer is not None:
-        trainer.prepare_model_and_optimizer()  # the optimizer may be a function that makes one
-        raw_optimizer(trainer.optimizer).load_state_dict(optimizer_state)
+    if optimizer_state is not None and not isinstance(optimizer_state["param_groups"][0]["params"], list):
+        raise CheckpointError(f"{path} holds no state of an optimizer.")
+    return {weights.clean_name(name): value for name, value in values.items()}, optimizer_state
+
+
+def check_groups(optimizer: Any, state: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointMismatchError if a saved state is of an optimizer with other groups, or of another kind."""
+    theirs = [len(group["params"]) for group in state["param_groups"]]
+    ours = [len(group["params"]) for group in optimizer.param_groups]
+    if theirs != ours:
+        raise CheckpointMismatchError(
+            f"the optimizer has groups of {theirs} parameters in {path} and of {ours} here. load_optimizer=False "
+            "leaves it out."
+        )
+    strange = set(state["param_groups"][0]) - set(optimizer.param_groups[0]) - {"initial_lr"}
+    if strange:
+        raise CheckpointMismatchError(
+            f"{path} is of another optimizer than {type(optimizer).__name__}, with {', '.join(sorted(strange))}. "
+            "load_optimizer=False leaves it out."
+        )

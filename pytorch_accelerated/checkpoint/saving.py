@@ -10,51 +10,65 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated import randomness
 from pytorch_accelerated.checkpoint import files
-from pytorch_accelerated.checkpoint.content import Snapshot, capture, capture_process, copied
+from pytorch_accelerated.checkpoint.content import Snapshot, capture, capture_process
+from pytorch_accelerated.checkpoint.weights import copied
+from pytorch_accelerated.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pytorch_accelerated.tracking import RunHistory
     from pytorch_accelerated.trainer import Trainer
 
 
+def prepare_directory(file: Path) -> None:
+    """Clear away what killed saves have left beside a file; raise CheckpointError if it could not be written."""
+    files.remove_leftovers(file.parent)
+    files.check_writable(file.parent)
+
+
 class CheckpointStore:
     """Add checkpoints of a run to a directory, and delete the oldest ones; on the main process."""
 
-    def __init__(self, directory: Path, max_checkpoints: int | None) -> None:
-        """Take the directory and how many checkpoints of a run are kept in it; None for all."""
+    def __init__(self, directory: Path, max_checkpoints: int | None, keeper: str = "") -> None:
+        """Take the directory, and who keeps how many checkpoints of a run in it; None for all."""
         self.directory = directory
         self._max_checkpoints = max_checkpoints
-        self._passed_over: set[str] = set()
+        self._keeper = keeper
+        self._known: dict[Path, bool] = {}  # whether it is whole, of this run and of this keeper
 
-    def prepare(self, resumed_from: Path | None) -> None:
-        """Make the directory, check that it can be written to, and clear away what killed saves have left in it.
-
-        Args:
-            resumed_from: the checkpoint that the run goes on from. What is newer here was passed over, and does not
-                count among those kept.
+    def prepare(self) -> None:
+        """Clear away what killed saves have left in the directory, and check that it can be written to.
 
         Raises:
-            CheckpointError: if it cannot be written to.
+            CheckpointError: if it cannot.
         """
-        probe = self.directory / ".probe"
-        files.write_file(probe, lambda file: None)
-        probe.unlink()
+        self._known = {}
         files.remove_leftovers(self.directory)
-        self._passed_over = set()
-        for path in files.list_checkpoints(self.directory):
-            if resumed_from is not None and path.absolute() == resumed_from.absolute():
-                break
-            self._passed_over.add(path.name)
+        files.check_writable(self.directory)
 
     def write(self, snapshot: Snapshot) -> Path:
         """Write a checkpoint, then delete those that are too many, and return its path. Raises CheckpointError."""
         counters, sequence = snapshot.counters, files.next_sequence(self.directory)
         name = files.checkpoint_name(sequence, counters["current_epoch"], counters["num_updates"])
         target = self.directory / name
-        snapshot.write(target, sequence)
+        snapshot.write(target, sequence, self._keeper)
+        self._known[target] = True
         if self._max_checkpoints is not None:
-            files.remove_old(self.directory, snapshot.run_id, self._max_checkpoints, self._passed_over)
+            candidates = [
+                path for path in files.list_checkpoints(self.directory) if self._counts(path, snapshot.run_id)
+            ]
+            files.remove_old(candidates, self._max_checkpoints)
         return target
+
+    def _counts(self, path: Path, run_id: str) -> bool:
+        """Return whether a checkpoint is one of those of which some stay; damaged ones are looked at once."""
+        if path not in self._known:
+            try:
+                manifest = files.read_manifest(path)
+                is_own = (manifest.get("run_id"), manifest.get("keeper")) == (run_id, self._keeper)
+                self._known[path] = is_own and bool(files.verify(path))
+            except CheckpointError:
+                self._known[path] = False
+        return self._known[path]
 
 
 class Boundary:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -65,7 +66,10 @@ def put_weights(model: nn.Module, weights: Mapping[str, Any], source: Path) -> N
     strange = [name for name in weights if name not in names]
     problems = [f"it has no {name}" for name in missing] + [f"the model has no {name}" for name in strange]
     for name, wrapped in names.items():
-        if isinstance(own[wrapped], Tensor) and isinstance(value := weights.get(name), Tensor):
+        value = weights.get(name)
+        if name in weights and isinstance(own[wrapped], Tensor) != isinstance(value, Tensor):
+            problems.append(f"{name} is {type(value).__name__} there")
+        elif isinstance(own[wrapped], Tensor) and isinstance(value, Tensor):
             shapes = tuple(value.shape), tuple(own[wrapped].shape)
             if shapes[0] != shapes[1]:
                 problems.append(f"{name} has shape {shapes[0]} there and {shapes[1]} in the model")
@@ -75,9 +79,18 @@ def put_weights(model: nn.Module, weights: Mapping[str, Any], source: Path) -> N
     model.load_state_dict({names[name]: value for name, value in weights.items()})
 
 
-def only_tensors(weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a state_dict; a module's ``get_extra_state`` may add other things."""
-    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+def only_storable(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a state_dict that files of safetensors can hold."""
+    return {name: value for name, value in weights.items() if _why_not(value) is None}
+
+
+def _why_not(value: Any) -> str | None:
+    """Return what keeps a value out of a file of safetensors; None if nothing does."""
+    if not isinstance(value, Tensor):
+        return f"is of type {type(value).__name__}"  # a module's get_extra_state may be anything
+    if value.layout is not torch.strided or value.is_quantized:
+        return f"has the layout {value.layout}" if not value.is_quantized else "is quantized"
+    return None if value.dtype in _DTYPES else f"has the type {value.dtype}"
 
 
 def write_safetensors(file: DurableFile, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -92,8 +105,6 @@ def write_safetensors(file: DurableFile, tensors: Mapping[str, Tensor], metadata
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     end = 0
     for name, tensor in ordered:
-        if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"{name} has the type {tensor.dtype}, for which safetensors has no name.")
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -120,13 +131,13 @@ def save_weights(path: Path, weights: Mapping[str, Any], metadata: Mapping[str, 
     """
     if path.suffix != SAFETENSORS:
         return save_with_torch(path, dict(weights))
-    others = [name for name, value in weights.items() if not isinstance(value, Tensor)]
-    if others:
-        raise CheckpointError(
-            f"{path.suffix} files hold tensors only, but the model has extra state: {', '.join(others[:3])}. Save to a "
-            "file with another ending, such as .pt, which torch.load reads."
-        )
-    tensors = only_tensors(weights)
+    for name, value in weights.items():
+        if (reason := _why_not(value)) is not None:
+            raise CheckpointError(
+                f"{name} {reason}, which files of safetensors cannot hold. Save to a file with another ending, such as "
+                ".pt, which torch.load reads."
+            )
+    tensors = only_storable(weights)
     return write_file(path, lambda file: write_safetensors(file, tensors, {"format": "pt", **metadata}))
 
 
@@ -137,8 +148,9 @@ def save_with_torch(path: Path, value: Any) -> str:
         CheckpointError: if it cannot be written; what was at ``path`` is as it was.
         TypeError: if it could not be loaded again.
     """
-    check_loadable(value, path.name)
-    return write_file(path, lambda file: save_plain(value, file))
+    plain = as_plain(value)
+    check_loadable(plain, path.name)
+    return write_file(path, lambda file: save_plain(plain, file))
 
 
 def save_plain(value: Any, file: DurableFile) -> None:
@@ -152,8 +164,7 @@ def read_weights(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if it is not there or cannot be read.
     """
-    if not path.exists():
-        raise CheckpointError(f"there is no file {path}.")
+    check_is_file(path)
     if path.suffix == SAFETENSORS:
         with damage_reported(path):
             return dict(load_file(path))
@@ -161,6 +172,16 @@ def read_weights(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no state_dict, but {type(value).__name__}.")
     return value
+
+
+def check_is_file(path: Path) -> None:
+    """Raise CheckpointError if there is no file at ``path``."""
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # such as a name that is too long
+        raise CheckpointError(f"{path}: {error.strerror}.") from error
+    if not is_file:
+        raise CheckpointError(f"there is no file {path}.")
 
 
 def read_with_torch(path: Path) -> Any:
@@ -173,6 +194,37 @@ def read_with_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def as_plain(value: Any) -> Any:
+    """Return nested lists and dicts with numbers of numpy made into Python's, which are the same numbers."""
+    if isinstance(value, np.generic):
+        return value.item()  # waits for nothing: numpy lives on the host
+    if type(value) in (list, tuple, set):
+        return type(value)(as_plain(item) for item in value)
+    if type(value) in (dict, OrderedDict, Counter):
+        return _rebuilt(value, as_plain)
+    return value
+
+
+def _rebuilt(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Return a dict of the same kind with other values."""
+    result = type(value)()
+    for key, item in value.items():
+        result[as_plain(key)] = function(item)
+    return result
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of nested lists and dicts that shares no tensor with them, on the CPU."""
+    if isinstance(value, Tensor):
+        # The one wait for the device that saving in the background takes.
+        return value.detach().to("cpu", copy=True)
+    if type(value) in (list, tuple, set):
+        return type(value)(copied(item) for item in value)
+    if type(value) in (dict, OrderedDict, Counter):
+        return _rebuilt(value, copied)
+    return value
+
+
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
@@ -183,7 +235,7 @@ def check_loadable(value: Any, where: str) -> None:
         TypeError: if there is such a thing; the message says where.
     """
     for place, item in _walk(value, where):
-        if type(item) not in _PLAIN and not isinstance(item, Tensor):
+        if type(item) not in _PLAIN and type(item) not in (Tensor, nn.Parameter):
             raise TypeError(
                 f"a checkpoint holds plain data only, but {place} is of type {type(item).__name__}. Return tensors, "
                 "numbers, strings, lists, tuples and dicts from state_dict; of a numpy array or number, .tolist()."
