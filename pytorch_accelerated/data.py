@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from itertools import count, islice
 from typing import Any
 
@@ -36,6 +37,8 @@ from pytorch_accelerated.dealing import (
     RoundStream,
     WorkerInit,
     as_is,
+    end_workers,
+    signals_held_back,
     tell_epoch,
 )
 from pytorch_accelerated.errors import did_you_mean
@@ -260,11 +263,22 @@ class _KeyedLoader(ShardedDataLoader):
             self._sampler.epoch = epoch
             self._sampler.limit = self.limit
             self._sampler.start = start
-            yield from self._loader
+            yield from self._iterate_loader()
         else:
             assert self._stream is not None
             self._stream.epoch.fill_(epoch)
-            yield from _mark_last(self._loader, self.limit, start)
+            with closing(self._iterate_loader()) as batches:
+                yield from _mark_last(batches, self.limit, start)
+
+    def _iterate_loader(self) -> Generator[Fetched, None, None]:
+        with signals_held_back() if self._loader.num_workers else nullcontext():
+            iterator: Any = iter(self._loader)
+        workers = [] if self._loader.persistent_workers else list(getattr(iterator, "_workers", []))
+        try:
+            yield from iterator
+        finally:
+            del iterator  # which asks the workers to end, and waits for a while
+            end_workers(workers)
 
 
 class _ForeignLoader(ShardedDataLoader):

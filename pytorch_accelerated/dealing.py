@@ -6,6 +6,7 @@ epoch, where a run that was interrupted goes on.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import hashlib
@@ -88,7 +89,31 @@ def _num_runs_in_progress() -> Tensor:
     """Return a counter in shared memory, which the workers of this process see."""
     counter = torch.zeros((), dtype=torch.int64)
     counter.share_memory_()  # type: ignore[no-untyped-call]
+    atexit.register(counter.zero_)  # a thread may still be training when the interpreter ends the workers
     return counter
+
+
+_SHIELDED = {getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)}
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Hold signals back while workers are started, who are to handle them in their own way from their first moment."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_workers(workers: list[Any]) -> None:
+    """Kill the workers that have not ended although they were asked to: one may wait in C, where no handler runs."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 @contextmanager
@@ -120,6 +145,8 @@ class WorkerInit:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._end_unless_in_a_run)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SHIELDED)  # held back while this process was started
         info: Any = get_worker_info()
         object.__setattr__(info, "dataset", info.dataset.dataset)  # its own __setattr__ refuses everything
         if self._function is not None:

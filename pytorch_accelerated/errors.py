@@ -24,6 +24,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class TrainerError(Exception):
@@ -82,6 +83,10 @@ class TrainingInterrupted(SystemExit):
         super().__init__(code)
         self.reason = reason
         self.checkpoint = checkpoint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let it be pickled, as on the way from one process to another."""
+        return type(self), (self.reason, self.code, self.checkpoint)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -14,44 +14,64 @@ _STOP = ("SIGTERM", "SIGINT")
 _SAVE = ("SIGUSR1",)  # Windows has none
 
 
+_watches: list[SignalWatch] = []  # those that are on; all share one handler
+_previous: dict[int, Any] = {}  # the handlers that were there before ours
+_pid = 0
+_is_noting = False
+
+
 class SignalWatch:
     """Note SIGTERM, SIGINT and SIGUSR1, and the death of the launcher, while it is on.
 
-    A handler that was there before is still called, and put back afterwards. A signal that was ignored before stays
-    ignored. Child processes that are forked meanwhile keep the handling they would have had.
+    A handler that was there before is still called, and put back afterwards; what it raises is kept until the run can
+    be left. A signal that was ignored before stays ignored. Child processes that are forked meanwhile keep the handling
+    they would have had. Handlers that were set in C, as faulthandler does, are not seen.
     """
 
     def __init__(self) -> None:
         """Begin with nothing noted; nothing is watched yet."""
         self.stop_signal: str | None = None
         """Name of the first signal that asked to stop."""
+        self.raised: BaseException | None = None
+        """What a handler that was there before has raised."""
         self.wants_save = False
         """Whether a signal has asked to save; whoever does so sets it back."""
-        self._previous: dict[int, Any] = {}
-        self._pid = 0
-        self._is_on = False
         self._launcher: int | None = None
 
     def start(self) -> bool:
         """Begin to watch; return whether that is possible, which it is in the main thread only."""
-        self.stop_signal, self.wants_save = None, False
-        self._pid, self._is_on = os.getpid(), True
+        global _pid
+        self.stop_signal, self.raised, self.wants_save = None, None, False
         self._launcher = _find_launcher()
         if threading.current_thread() is not threading.main_thread():
             return False
-        for name in (*_STOP, *_SAVE):
-            number = getattr(signal, name, None)
-            # None: a handler that was not set from Python, and could not be put back.
-            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self._previous[number] = signal.signal(number, self._note)
+        if not _watches:
+            _pid = os.getpid()
+            for name in (*_STOP, *_SAVE):
+                number = getattr(signal, name, None)
+                # None: a handler that was not set from Python, and could not be put back.
+                if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None, _note):
+                    _previous[number] = signal.signal(number, _note)
+        if self not in _watches:
+            _watches.append(self)
         return True
 
     def stop(self) -> None:
-        """Put the former handlers back; where somebody has set another since, let it be."""
-        self._is_on = False
-        for number in list(self._previous):
-            if signal.getsignal(number) == self._note:
-                signal.signal(number, self._previous.pop(number))
+        """Watch no longer; the last one puts the former handlers back, except where somebody has set another since."""
+        if self in _watches:
+            _watches.remove(self)
+        if not _watches:
+            for number in list(_previous):
+                if signal.getsignal(number) == _note:
+                    signal.signal(number, _previous.pop(number))
+
+    def pass_on(self) -> None:
+        """Let a signal that nobody has acted upon do what it does without a watch; call it after ``stop``."""
+        name, self.stop_signal = self.stop_signal, None
+        if self.raised is not None:
+            raise self.raised
+        if name is not None and not _watches:
+            signal.raise_signal(getattr(signal, name))
 
     def find_reason_to_stop(self) -> str | None:
         """Return the name of the signal that asked to stop, or ``"launcher gone"``; None if there is no reason.
@@ -62,20 +82,36 @@ class SignalWatch:
             return "launcher gone"
         return self.stop_signal
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        previous = self._previous.get(number)
-        # A child that was forked during the run; or somebody who came after us has put us back in his turn.
-        if os.getpid() != self._pid or not self._is_on:
-            signal.signal(number, signal.SIG_DFL if previous is None else previous)
-            os.kill(os.getpid(), number)
-            return
-        name = signal.Signals(number).name
-        if name in _SAVE:
-            self.wants_save = True
-        elif self.stop_signal is None:
-            self.stop_signal = name
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _is_noting
+    if _is_noting:  # a handler that was set during an earlier run calls the one before it, which was this one
+        return
+    previous = _previous.get(number)
+    # A child that was forked during the run; or a handler that was set during one and calls the one before it.
+    if os.getpid() != _pid or not _watches:
+        if callable(previous):
+            previous(number, frame)
+        elif previous != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        return
+    name = signal.Signals(number).name
+    raised: BaseException | None = None
+    _is_noting = True
+    try:
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, frame)
+    except BaseException as error:  # raised again by whoever leaves the run, once its state is saved
+        raised = error
+    finally:
+        _is_noting = False
+    for watch in _watches:
+        watch.raised = watch.raised or raised
+        if name in _SAVE and raised is None:
+            watch.wants_save = True
+        elif watch.stop_signal is None:
+            watch.stop_signal = name if name in _STOP else "SIGTERM"
 
 
 def _find_launcher() -> int | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import dataclasses
-import faulthandler
 import gc
 import hashlib
 import json
@@ -428,15 +427,6 @@ def train_twice(case: Case) -> None:
     train(make_trainer(second), second)
 
 
-def train_with_stacks_shown(case: Case) -> None:
-    """Train in a process that shows its stacks on SIGUSR1, then ask for them."""
-    with (Path(case.directory) / "stacks").open("w") as file:
-        faulthandler.register(signal.SIGUSR1, file)
-        train(make_trainer(case), case)
-        os.kill(os.getpid(), signal.SIGUSR1)
-    say("alive")
-
-
 def signal_new_workers(case: Case) -> None:
     """Train; when the workers of the second epoch are there and have not begun, all processes get SIGTERM."""
     main = os.getpid()
@@ -489,7 +479,6 @@ ACTIONS = {
     "prompt": train_at_prompt,
     "child": train_beside_child,
     "twice": train_twice,
-    "stacks": train_with_stacks_shown,
     "signal new workers": signal_new_workers,
     "evaluate": evaluate_first,
     "decay": train_with_decay,

@@ -211,7 +211,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("no")
     (tmp_path / "text.safetensors").write_text("no")
     for name in ("text.pt", "text.safetensors"):
-        with pytest.raises(CheckpointError, match=rf"the checkpoint .*{name} cannot be read"):
+        with pytest.raises(CheckpointError, match=rf"{name} (is damaged|cannot be read)"):
             trainer.load_checkpoint(tmp_path / name)
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="holds no state_dict, but list"):

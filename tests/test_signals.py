@@ -715,14 +715,6 @@ def test_a_handler_that_was_set_during_a_run_and_calls_the_one_before_does_no_ha
     assert scene.run_again(dataclasses.replace(case, action="train")) == expected
 
 
-def test_a_handler_of_faulthandler_is_there_afterwards(scene: Scene) -> None:
-    """It is set in C, and Python does not know of it."""
-    process = scene.fork(scene.case(action="stacks"))
-    assert process.finish() == 0, process.text()
-    assert "alive\n" in process.text()
-    assert "train_with_stacks_shown" in (scene.directory / "stacks").read_text()
-
-
 def test_a_handler_that_leaves_does_not_cost_the_state_of_the_run(scene: Scene, expected: Any) -> None:
     """``signal.signal(SIGTERM, lambda *_: sys.exit(143))`` is in many scripts."""
     case = scene.case("update 7", action="raising handler")

@@ -116,6 +116,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._executor: ThreadPoolExecutor | None = None
         self._boundary: Boundary | None = None
         self._step_of_update: int | None = None
+        self._is_stopping = False
 
     def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
         """Begin to watch for signals, and check that it is possible to save. Raises CheckpointError if not."""
@@ -127,13 +128,14 @@ class SaveTrainingStateCallback(TrainerCallback):
             trainer.print(f"Note on resuming: {run.loader.resume_note}")
         self._start = self._last_save = time.monotonic()
         self._agreement = distributed.PeriodicAgreement(trainer.accelerator)
-        self._boundary, self._step_of_update = None, None
+        self._boundary, self._step_of_update, self._is_stopping = None, None, False
         if not self._signals.start():
             trainer.print("train() runs in another thread than the main one, so signals do not reach it.")
 
     def on_train_epoch_begin(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look again soon: what comes now may be slower than what came before."""
-        self._agreement.restart()
+        if trainer.is_training_run:
+            self._agreement.restart()
 
     on_eval_epoch_begin = on_train_epoch_begin
 
@@ -153,9 +155,9 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save if it is time; raise TrainingInterrupted if the run is to stop."""
-        run = trainer.training_run
-        if not trainer.is_training_run or run.is_in_epoch:  # an evaluation in between
+        if not trainer.is_training_run or trainer.training_run.is_in_epoch:  # an evaluation by itself, or in between
             return
+        run = trainer.training_run
         if self.save_on_exception:
             self._boundary = Boundary(trainer)
         is_due = False
@@ -179,7 +181,8 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def on_exception(self, trainer: Trainer, exception: BaseException, **kwargs: Any) -> None:
         """Save the state after the last update, if that was asked for; the main process does, alone."""
-        if not (self.save_on_exception and trainer.is_training_run and trainer.accelerator.is_main_process):
+        is_saved = self._is_stopping or not self.save_on_exception
+        if is_saved or not trainer.is_training_run or not trainer.accelerator.is_main_process:
             return
         boundary, self._boundary = self._boundary, None
         if boundary is None:
@@ -198,7 +201,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         self.latest = self._store.write(snapshot)
         trainer.print(f"Saved {self.latest}, the state after the last update.")
 
-    def on_train_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+    def on_train_run_end(self, trainer: Trainer, exception: BaseException | None = None, **kwargs: Any) -> None:
         """Wait for what is being written, and watch for signals no longer."""
         self._signals.stop()
         self._boundary = None
@@ -208,6 +211,8 @@ class SaveTrainingStateCallback(TrainerCallback):
             if self._executor is not None:
                 self._executor.shutdown()
                 self._executor = None
+        if exception is None:
+            self._signals.pass_on()
 
     def _act(self, trainer: Trainer, is_due: bool) -> None:
         """Save and stop as the processes agree."""
@@ -233,6 +238,9 @@ class SaveTrainingStateCallback(TrainerCallback):
         at_prompt = code == _SIGINT and hasattr(sys, "ps1")
         leaving = "giving the prompt back" if at_prompt else f"leaving with exit code {exit_code}"
         trainer.print(f"{reason}: saved {path}, {leaving}. train(resume_from='latest') goes on from there.")
+        self._is_stopping = True
+        if self._signals.raised is not None:  # by the user's own handler
+            raise self._signals.raised
         if at_prompt:
             raise KeyboardInterrupt(f"saved {path}")
         raise TrainingInterrupted(reason, exit_code, path)
@@ -278,7 +286,7 @@ class WSDCheckpointCallback(TrainerCallback):
     A longer run that is resumed from this checkpoint goes on at the peak: ``train(num_epochs=more, resume_from=...)``.
     """
 
-    order = 2
+    order = 1
 
     def __init__(self, save_dir: str | Path) -> None:
         """Take the directory for the checkpoint."""
