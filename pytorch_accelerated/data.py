@@ -41,7 +41,7 @@ from pytorch_accelerated.dealing import (
     signals_held_back,
     tell_epoch,
 )
-from pytorch_accelerated.errors import did_you_mean
+from pytorch_accelerated.errors import CheckpointMismatchError, did_you_mean
 from pytorch_accelerated.randomness import OwnStreams, chunks, mix, set_states_of, states_of
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ class _KeyedLoader(ShardedDataLoader):
         """Let the next pass begin where another process stopped; see the base class.
 
         Raises:
-            ValueError: if a stream is divided between another number of workers.
+            CheckpointMismatchError: if a stream is divided between another number of workers.
         """
         super().go_on(epoch, num_steps, state_dict)
         num_workers = self._loader.num_workers
@@ -249,7 +249,7 @@ class _KeyedLoader(ShardedDataLoader):
         elif num_steps:
             assert self._stream is not None
             if max(num_workers, 1) != max(state_dict["num_workers"], 1):
-                raise ValueError(
+                raise CheckpointMismatchError(
                     f"the epoch was begun with num_workers={state_dict['num_workers']} and cannot go on with "
                     f"num_workers={num_workers}: {_name_of(self.dataloader)} is iterable, so its samples are divided "
                     f"between the workers. Use num_workers={state_dict['num_workers']}."

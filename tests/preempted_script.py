@@ -326,6 +326,39 @@ def train_with_raising_handler(case: Case) -> None:
     train(make_trainer(case), case)
 
 
+def train_with_slow_handler(case: Case) -> None:
+    """Train under a handler that is the moment ``handling``, in which the next signal may come."""
+
+    def handle(number: int, frame: Any) -> None:
+        note(number, frame)
+        case.wait("handling")
+
+    signal.signal(signal.SIGUSR1, handle)
+    train(make_trainer(case), case)
+
+
+def train_in_child(case: Case) -> None:
+    """Train; in update 7 a process is forked that trains as well, and gets SIGTERM."""
+    second = dataclasses.replace(case, directory=f"{case.directory}/second")
+    second.options = {"save_dir": f"{second.directory}/checkpoints"}
+
+    class Signalling(TrainerCallback):
+        def on_train_update_end(self, trainer: Any, **kwargs: Any) -> None:
+            if trainer.num_updates == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    class Forking(TrainerCallback):
+        def on_train_update_end(self, trainer: Any, **kwargs: Any) -> None:
+            if trainer.num_updates != 7:
+                return
+            pid = os.fork()
+            if pid == 0:
+                leave_quickly(lambda: train(make_trainer(second, [Signalling(), make_saver(second)]), second))
+            say(f"child ended {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}")
+
+    train(make_trainer(case, [Forking(), make_saver(case)]), case)
+
+
 def train_in_thread(case: Case) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     thread = threading.Thread(target=lambda: train(make_trainer(case), case))
@@ -447,6 +480,26 @@ def signal_new_workers(case: Case) -> None:
     train(make_trainer(case, [Arming(), make_saver(case)]), case)
 
 
+class Unpickled(Noisy):
+    """A dataset whose arrival in a worker, before the worker has begun, is when all processes get SIGTERM, once."""
+
+    main = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        mark = Path(self.case.directory) / "signalled"
+        if not mark.exists():
+            mark.touch()
+            os.killpg(os.getpgid(self.main), signal.SIGTERM)
+            time.sleep(0.2)
+
+
+def signal_spawned_workers(case: Case) -> None:
+    dataset = Unpickled(case, case.num_samples, 1)
+    dataset.main = os.getpid()
+    train(make_trainer(case), case, train_dataset=dataset)
+
+
 def train_with_decay(case: Case) -> None:
     """Train with a checkpoint before the decay of the learning rate, which comes after the other that is due then."""
     saver = WSDCheckpointCallback(Path(case.directory) / "before decay")
@@ -470,6 +523,9 @@ ACTIONS = {
     "handlers, unwatched": partial(train_with_handlers, handler=note),
     "ignored": partial(train_with_handlers, handler=signal.SIG_IGN),
     "raising handler": train_with_raising_handler,
+    "slow handler": train_with_slow_handler,
+    "train in child": train_in_child,
+    "signal spawned workers": signal_spawned_workers,
     "thread": train_in_thread,
     "daemon thread": train_in_daemon_thread,
     "two savers": train_with_two_savers,

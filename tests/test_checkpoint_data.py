@@ -292,6 +292,7 @@ def test_goes_on_in_the_middle_of_an_epoch(kind: str, num_workers: int, tmp_path
         assert all(sorted(indices) == list(range(NUM_SAMPLES)) for indices in resumed.seen.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["map-style", "generator", "sampler", "batch sampler", "iterable with state", "own loader"]
 )
@@ -411,6 +412,7 @@ def train_split(
     return trainer.accelerator.num_processes, weights, losses, trainer.seen, trainer.num_updates, trainer.num_samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [((2, 4, 1), (1, 8, 1)), ((1, 8, 1), (2, 4, 1)), ((2, 2, 2), (1, 4, 2)), ((1, 2, 4), (2, 2, 2))],

@@ -12,6 +12,8 @@ import torch
 from tests.resume_cases import NUM_SAMPLES, PLACES, Case, Kill, run_case
 from tests.support import run_until_killed
 
+pytestmark = pytest.mark.slow  # a minute and a half, of many processes
+
 KILLS_IN_A_ROW = 4
 COMPARED = ("weights", "optimizer", "scheduler", "history", "seen", "rates", "mark", "stream")
 

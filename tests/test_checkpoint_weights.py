@@ -238,6 +238,7 @@ def test_an_interrupted_replacement_leaves_the_former_file(tmp_path: Path) -> No
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [Case(mixed_precision="bf16"), Case(is_compiled=True), Case(accumulation=3)],

@@ -558,6 +558,16 @@ def test_workers_that_were_spawned_outlive_a_signal_to_all(scene: Scene, expecte
     assert scene.run_again(dataclasses.replace(case, context=None)) == expected
 
 
+@pytest.mark.slow
+def test_workers_that_were_spawned_and_have_not_begun_outlive_a_signal_to_all(scene: Scene, expected: Any) -> None:
+    """They take seconds to import torch, in which a signal may well come."""
+    case = scene.case(action="signal spawned workers", num_workers=1, persistent=True, context="spawn")
+    process = scene.fork(case)
+    assert process.finish() == 143, process.text()
+    assert len(scene.checkpoints()) == 1
+    assert scene.run_again(dataclasses.replace(case, context=None, action="train")) == expected
+
+
 def test_workers_that_have_not_begun_outlive_a_signal_to_all(scene: Scene, expected: Any) -> None:
     """A worker is forked, and gets the signal before ``worker_init_fn`` is called."""
     case = scene.case(action="signal new workers", num_workers=2)
@@ -588,9 +598,12 @@ def test_workers_end_when_the_main_process_was_killed(scene: Scene, expected: An
     assert scene.run_again(case) == expected
 
 
-def test_an_interrupted_run_does_not_wait_for_a_worker_that_hangs(scene: Scene) -> None:
+@pytest.mark.parametrize("persistent", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_interrupted_run_does_not_wait_for_a_worker_that_hangs(persistent: bool, scene: Scene) -> None:
     """A worker that waits in a library for ever runs no handler of Python, and must go nevertheless."""
-    case = scene.case("stuck 2 14", "update 7", num_workers=1, in_full=True)  # the first three batches are there
+    case = scene.case(
+        "stuck 2 14", "update 7", num_workers=1, persistent=persistent, in_full=True
+    )  # the first three batches are there
     process = scene.fork(case)
     process.reach("update 7")
     process.reach("stuck 2 14")
@@ -638,6 +651,31 @@ def test_handlers_of_the_user_are_called_and_are_there_afterwards(scene: Scene, 
     assert "in the run: ['is', 'is', 'is'] [True, True, True]\n" in again.text()
     assert "handlers are as before\n" in again.text()
     assert scene.result() == expected
+
+
+def test_a_signal_during_the_handler_of_another_is_not_lost(scene: Scene, expected: Any) -> None:
+    case = scene.case("update 7", "handling", action="slow handler")
+    process = scene.fork(case)
+    process.reach("update 7")
+    process.send("SIGUSR1")
+    process.reach("handling")
+    process.send("SIGTERM")
+    process.go_on("handling")
+    process.go_on("update 7")
+    assert process.finish() == 143, process.text()
+    assert scene.checkpoints() == [7]
+    assert scene.run_again(case) == expected
+
+
+def test_a_handler_of_the_user_is_called_once_for_a_signal_after_the_last_update(scene: Scene, expected: Any) -> None:
+    process = scene.fork(scene.case("end", action="handlers"))
+    process.reach("end")
+    process.send("SIGTERM")
+    process.go_on("end")
+    process.finish()
+    assert process.text().count("the user's handler got SIGTERM\n") == 1
+    assert "handlers are as before\n" in process.text()
+    assert scene.checkpoints() == [NUM_UPDATES]
 
 
 def test_signals_that_were_ignored_stay_ignored(scene: Scene, expected: Any) -> None:
@@ -801,6 +839,16 @@ def test_processes_forked_during_a_run_handle_signals_as_if_there_was_none(scene
     assert process.finish() == 0
     codes = [int(code) for code in re.findall("child ended (-?[0-9]+)", process.text())]
     assert codes == [-signal.SIGTERM, 77, -signal.SIGUSR1]
+    assert scene.checkpoints() == [NUM_UPDATES]
+    assert scene.result() == expected
+
+
+def test_a_process_forked_during_a_run_that_trains_as_well_saves_its_own_state(scene: Scene, expected: Any) -> None:
+    (scene.directory / "second").mkdir()
+    process = scene.fork(scene.case(action="train in child"))
+    assert process.finish() == 0, process.text()
+    assert "child ended 143\n" in process.text()
+    assert scene.checkpoints("second/checkpoints") == [3]
     assert scene.checkpoints() == [NUM_UPDATES]
     assert scene.result() == expected
 
