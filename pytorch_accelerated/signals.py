@@ -17,7 +17,7 @@ _SAVE = ("SIGUSR1",)  # Windows has none
 _watches: list[SignalWatch] = []  # those that are on; all share one handler
 _previous: dict[int, Any] = {}  # the handlers that were there before ours
 _pid = 0
-_is_noting = False
+_noting: set[int] = set()  # the signals whose former handler is being called
 
 
 class SignalWatch:
@@ -34,6 +34,8 @@ class SignalWatch:
         """Name of the first signal that asked to stop."""
         self.raised: BaseException | None = None
         """What a handler that was there before has raised."""
+        self.is_heard = False
+        """Whether a handler that was there before has been called for it."""
         self.wants_save = False
         """Whether a signal has asked to save; whoever does so sets it back."""
         self._launcher: int | None = None
@@ -41,6 +43,8 @@ class SignalWatch:
     def start(self) -> bool:
         """Begin to watch; return whether that is possible, which it is in the main thread only."""
         global _pid
+        if os.getpid() != _pid:
+            _watches.clear()  # of a parent that was in a run when it forked this process
         self.stop_signal, self.raised, self.wants_save = None, None, False
         self._launcher = _find_launcher()
         if threading.current_thread() is not threading.main_thread():
@@ -70,7 +74,7 @@ class SignalWatch:
         name, self.stop_signal = self.stop_signal, None
         if self.raised is not None:
             raise self.raised
-        if name is not None and not _watches:
+        if name is not None and not self.is_heard and not _watches:
             signal.raise_signal(getattr(signal, name))
 
     def find_reason_to_stop(self) -> str | None:
@@ -84,8 +88,7 @@ class SignalWatch:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    global _is_noting
-    if _is_noting:  # a handler that was set during an earlier run calls the one before it, which was this one
+    if number in _noting:  # a handler that was set during an earlier run calls the one before it, which was this one
         return
     previous = _previous.get(number)
     # A child that was forked during the run; or a handler that was set during one and calls the one before it.
@@ -98,20 +101,22 @@ def _note(number: int, frame: FrameType | None) -> None:
         return
     name = signal.Signals(number).name
     raised: BaseException | None = None
-    _is_noting = True
+    is_heard = callable(previous) and previous is not signal.default_int_handler
+    _noting.add(number)
     try:
-        if callable(previous) and previous is not signal.default_int_handler:
-            previous(number, frame)
+        if is_heard:
+            previous(number, frame)  # type: ignore[misc]  # it is callable
     except BaseException as error:  # raised again by whoever leaves the run, once its state is saved
         raised = error
     finally:
-        _is_noting = False
+        _noting.discard(number)
     for watch in _watches:
         watch.raised = watch.raised or raised
         if name in _SAVE and raised is None:
             watch.wants_save = True
         elif watch.stop_signal is None:
             watch.stop_signal = name if name in _STOP else "SIGTERM"
+            watch.is_heard = is_heard
 
 
 def _find_launcher() -> int | None:
@@ -122,5 +127,6 @@ def _find_launcher() -> int | None:
     except psutil.Error:
         return None
     words = [os.path.basename(word) for word in command[:4]]
-    is_launcher = "accelerate-launch" in words or "accelerate.commands.launch" in words or "launch.py" in words
-    return parent if is_launcher or ("accelerate" in words and "launch" in words) else None
+    is_module = "accelerate.commands.launch" in command or any("accelerate/commands/launch" in word for word in command)
+    is_command = "accelerate-launch" in words or ("accelerate" in words and "launch" in words)
+    return parent if is_module or is_command else None

@@ -598,7 +598,7 @@ def test_workers_end_when_the_main_process_was_killed(scene: Scene, expected: An
     assert scene.run_again(case) == expected
 
 
-@pytest.mark.parametrize("persistent", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("persistent", [False, True])
 def test_an_interrupted_run_does_not_wait_for_a_worker_that_hangs(persistent: bool, scene: Scene) -> None:
     """A worker that waits in a library for ever runs no handler of Python, and must go nevertheless."""
     case = scene.case(
