@@ -38,6 +38,7 @@ from pytorch_accelerated.dealing import (
     WorkerInit,
     as_is,
     end_workers,
+    remember_workers,
     signals_held_back,
     tell_epoch,
 )
@@ -273,7 +274,10 @@ class _KeyedLoader(ShardedDataLoader):
     def _iterate_loader(self) -> Generator[Fetched, None, None]:
         with signals_held_back() if self._loader.num_workers else nullcontext():
             iterator: Any = iter(self._loader)
-        workers = [] if self._loader.persistent_workers else list(getattr(iterator, "_workers", []))
+        workers = list(getattr(iterator, "_workers", []))
+        if self._loader.persistent_workers:
+            remember_workers(workers)
+            workers = []
         try:
             yield from iterator
         finally:

@@ -17,7 +17,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count, islice
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -89,7 +91,10 @@ def _num_runs_in_progress() -> Tensor:
     """Return a counter in shared memory, which the workers of this process see."""
     counter = torch.zeros((), dtype=torch.int64)
     counter.share_memory_()  # type: ignore[no-untyped-call]
-    atexit.register(counter.zero_)  # a thread may still be training when the interpreter ends the workers
+    # Run in the opposite order, and before the interpreter waits for the workers: a thread may still be training then,
+    # and a worker that persists may hang in C, where no handler runs.
+    atexit.register(lambda: end_workers(list(_persistent_workers)))
+    atexit.register(counter.zero_)
     return counter
 
 
@@ -102,11 +107,21 @@ def signals_held_back() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    # Python 3.11's start of this helper of multiprocessing lets the signals through again, so it goes first.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_persistent_workers: WeakSet[Any] = WeakSet()
+
+
+def remember_workers(workers: list[Any]) -> None:
+    """Let workers that persist be ended with the interpreter at the latest."""
+    _persistent_workers.update(workers)
 
 
 def end_workers(workers: list[Any]) -> None:

@@ -228,7 +228,7 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], T], failure
 class PeriodicAgreement:
     """Let processes agree on what to do about once a second, without an exchange in every step."""
 
-    def __init__(self, accelerator: Accelerator, seconds: float = 1.0, max_calls: int = 256) -> None:
+    def __init__(self, accelerator: Accelerator, seconds: float = 1.0, max_calls: int = 64) -> None:
         """Begin with an exchange at the next call.
 
         Args:
