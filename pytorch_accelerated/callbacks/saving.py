@@ -114,6 +114,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._signals = SignalWatch()
         self._in_background: Future[Path] | None = None
         self._executor: ThreadPoolExecutor | None = None
+        self._staged: Snapshot | None = None  # the copy that is, or was, written in the background
         self._boundary: Boundary | None = None
         self._step_of_update: int | None = None
         self._is_stopping = False
@@ -210,7 +211,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         finally:
             if self._executor is not None:
                 self._executor.shutdown()
-                self._executor = None
+                self._executor = self._staged = None
         if exception is None:
             self._signals.pass_on()
 
@@ -254,7 +255,8 @@ class SaveTrainingStateCallback(TrainerCallback):
             if snapshot is not None:
                 if self._executor is None:
                     self._executor = ThreadPoolExecutor(1, thread_name_prefix="save")
-                self._in_background = self._executor.submit(self._store.write, snapshot.to_host())
+                self._staged = snapshot.to_host(self._staged)
+                self._in_background = self._executor.submit(self._store.write, self._staged)
             return self.save_dir
         self.latest = write_together(trainer, self._store, snapshot)
         return self.latest

@@ -38,10 +38,20 @@ class Snapshot:
     run_id: str
     counters: dict[str, int]
 
-    def to_host(self) -> Snapshot:
-        """Return a copy that nothing else refers to, on the CPU."""
-        copies = weights.copied(self.tensors), weights.copied(self.optimizer), weights.copied(self.state)
-        return Snapshot(*copies, self.facts, self.run_id, self.counters)
+    def to_host(self, earlier: Snapshot | None = None) -> Snapshot:
+        """Return a copy that nothing else refers to, on the CPU.
+
+        Args:
+            earlier: a copy that is not needed any more; its memory is used again.
+        """
+        return Snapshot(
+            weights.copied(self.tensors, earlier and earlier.tensors),
+            weights.copied(self.optimizer, earlier and earlier.optimizer),
+            weights.copied(self.state, earlier and earlier.state),
+            self.facts,
+            self.run_id,
+            self.counters,
+        )
 
     def write(self, target: Path, sequence: int = 0, keeper: str = "") -> None:
         """Write the checkpoint ``target``.

@@ -213,15 +213,27 @@ def _rebuilt(value: Any, function: Callable[[Any], Any]) -> Any:
     return result
 
 
-def copied(value: Any) -> Any:
-    """Return a copy of nested lists and dicts that shares no tensor with them, on the CPU."""
+def copied(value: Any, into: Any = None) -> Any:
+    """Return a copy of nested lists and dicts that shares no tensor with them, on the CPU.
+
+    Args:
+        value: what to copy.
+        into: an earlier copy, whose memory is used again where it fits: fresh memory costs more than the copying.
+    """
     if isinstance(value, Tensor):
         # The one wait for the device that saving in the background takes.
+        is_fit = isinstance(into, Tensor) and (into.shape, into.dtype) == (value.shape, value.dtype)
+        if is_fit and into.layout is value.layout is torch.strided and into.stride() == value.stride():
+            return into.copy_(value.detach())
         return value.detach().to("cpu", copy=True)
     if type(value) in (list, tuple, set):
-        return type(value)(copied(item) for item in value)
+        earlier = into if type(into) is type(value) and not isinstance(into, set) and len(into) == len(value) else None
+        return type(value)(copied(item, earlier and earlier[n]) for n, item in enumerate(value))
     if type(value) in (dict, OrderedDict, Counter):
-        return _rebuilt(value, copied)
+        result = type(value)()
+        for key, item in value.items():
+            result[key] = copied(item, into.get(key) if isinstance(into, dict) else None)
+        return result
     return value
 
 
