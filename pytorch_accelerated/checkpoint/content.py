@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -162,9 +161,10 @@ def check_can_save(trainer: Trainer) -> None:
 def _check_finite(model: nn.Module) -> None:
     candidates = [p.detach() for p in model.parameters() if p.is_floating_point() and p.numel()]
     parameters = [parameter for parameter in candidates if parameter.layout is torch.strided]
-    # Norms before one look, because each look waits for the device.
-    norms = [norm.float() for norm in torch._foreach_norm(parameters, math.inf)] if parameters else []
-    if norms and not bool(torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms])).all()):
+    # A sum is finite only if all it sums up is; sums before one look, because each look waits for the device.
+    sums = [parameter.sum(dtype=torch.float32) for parameter in parameters]
+    is_fine = not sums or bool(torch.isfinite(torch.stack([value.to(sums[0].device) for value in sums])).all())
+    if not is_fine and not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
         bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
         raise NonFiniteError(
             f"the weights are not finite ({', '.join(bad[:3])}), and the newest checkpoint always is: not saved. "
