@@ -1327,10 +1327,12 @@ def test_tensors_that_lie_oddly_in_memory_are_read_by_safetensors(tmp_path: Path
         "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
         "conjugate": number.conj(),
         "negative": number.conj().imag,
+        "negative_and_contiguous": number[:1, :1, :1].conj().imag,
         "needs_gradient": nn.Parameter(base.clone()),
         "a name with blanks, dots. and ümläuts ☃": base.clone(),
     }
     assert tensors["conjugate"].is_conj() and tensors["negative"].is_neg() and not tensors["transposed"].is_contiguous()
+    assert tensors["negative_and_contiguous"].is_neg() and tensors["negative_and_contiguous"].is_contiguous()
     before = {name: bits(tensor) for name, tensor in tensors.items()}
     save_weights(tmp_path / "odd.safetensors", tensors, {})
     check_file(tmp_path / "odd.safetensors", tensors)
