@@ -13,6 +13,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pytorch_accelerated import data, distributed, randomness
+from pytorch_accelerated.checkpoint import hyperparameters_of
 from pytorch_accelerated.dealing import workers_outlive_signals
 from pytorch_accelerated.engine import Engine, raw_optimizer
 from pytorch_accelerated.errors import TrainingInterrupted
@@ -48,6 +49,8 @@ class TrainingRun:
     """Weighs the losses of an update."""
     checkpoint: Checkpoint | None
     """What the run goes on from; None once it does, and where it began anew."""
+    hyperparameters: list[dict[str, Any]]
+    """Of each group of the optimizer, as they were when the run began, before any schedule."""
 
     first_epoch: int = 0
     """Epochs that were counted before the run, by an earlier one."""
@@ -107,6 +110,15 @@ class TrainingRun:
     def is_out_of_updates(self, counters: RunCounters) -> bool:
         """Return whether the last update of the run has been made."""
         return self.update_limit is not None and counters.num_updates >= self.update_limit
+
+    @property
+    def is_between_updates(self) -> bool:
+        """Whether nothing has happened since the last update, so that its state is one to go on from."""
+        if self.checkpoint is not None:
+            return False
+        if not self.is_in_epoch:
+            return True
+        return self.data_pass is not None and self.num_steps_in_epoch == self.data_pass.step + 1
 
     @property
     def is_epoch_complete(self) -> bool:
@@ -175,6 +187,7 @@ def create_training_run(trainer: Trainer, checkpoint: Checkpoint | None, **facts
         seed=seed,
         **facts,
     )
+    hyperparameters = hyperparameters_of(raw_optimizer(trainer.optimizer))
     trainer.scheduler = trainer.create_scheduler()
     if isinstance(trainer.scheduler, ReduceLROnPlateau):
         raise TypeError(
@@ -188,7 +201,7 @@ def create_training_run(trainer: Trainer, checkpoint: Checkpoint | None, **facts
         trainer.device,
     )
     raw_optimizer(trainer.optimizer).zero_grad()  # gradients that an interrupted run left behind
-    return TrainingRun(run_id, seed, loader, eval_loaders, window, checkpoint)
+    return TrainingRun(run_id, seed, loader, eval_loaders, window, checkpoint, hyperparameters)
 
 
 def begin(trainer: Trainer, checkpoint: Checkpoint | None, reset_run_history: bool) -> RunCounters:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -18,11 +19,13 @@ _watches: list[SignalWatch] = []  # those that are on; all share one handler
 _previous: dict[int, Any] = {}  # the handlers that were there before ours
 _pid = 0
 _noting: set[int] = set()  # the signals whose former handler is being called
+_SIGINTS_UNTIL_AT_ONCE = 3  # the second may be somebody's impatience, and must not harm a save
 
 
 class SignalWatch:
     """Note SIGTERM, SIGINT and SIGUSR1, and the death of the launcher, while it is on.
 
+    The third SIGINT raises KeyboardInterrupt, as a step may hang for ever.
     A handler that was there before is still called, and put back afterwards; what it raises is kept until the run can
     be left. A signal that was ignored before stays ignored. Child processes that are forked meanwhile keep the handling
     they would have had. Handlers that were set in C, as faulthandler does, are not seen.
@@ -38,11 +41,16 @@ class SignalWatch:
         """Whether a handler that was there before has been called for it."""
         self.wants_save = False
         """Whether a signal has asked to save; whoever does so sets it back."""
+        self.num_sigints = 0
+        """How often SIGINT came."""
+        self.announces = False
+        """Whether the first signal that asks to stop is answered with a line on standard error."""
         self._launcher: int | None = None
 
-    def start(self) -> bool:
+    def start(self, announces: bool = False) -> bool:
         """Begin to watch; return whether that is possible, which it is in the main thread only."""
         global _pid
+        self.num_sigints, self.announces = 0, announces
         if os.getpid() != _pid:
             _watches.clear()  # of a parent that was in a run when it forked this process
         self.stop_signal, self.raised, self.wants_save = None, None, False
@@ -117,6 +125,18 @@ def _note(number: int, frame: FrameType | None) -> None:
         elif watch.stop_signal is None:
             watch.stop_signal = name if name in _STOP else "SIGTERM"
             watch.is_heard = is_heard
+            if watch.announces:
+                _announce(watch.stop_signal)
+        watch.num_sigints += name == "SIGINT"
+    if not is_heard and any(watch.num_sigints >= _SIGINTS_UNTIL_AT_ONCE for watch in _watches):
+        raise KeyboardInterrupt("at once, without saving, as SIGINT came three times")
+
+
+def _announce(name: str) -> None:
+    more = " Twice more, and it stops at once, without saving." if name == "SIGINT" else ""
+    line = f"\n{name}: the run saves its state after this update and stops.{more}\n"
+    with suppress(OSError):  # nobody may be there to read it
+        os.write(2, line.encode())  # not print, in which the signal may have come
 
 
 def _find_launcher() -> int | None:

@@ -735,7 +735,8 @@ class Trainer:
         better leave it to ``SaveTrainingStateCallback``, which comes after all others.
 
         Raises:
-            CheckpointError: if there is something at ``save_dir``, or it cannot be written; nothing is left behind.
+            CheckpointError: if there is something at ``save_dir``, it cannot be written, or an update is in progress;
+                nothing is left behind.
         """
         return checkpoint.save_state(self, Path(save_dir))
 

@@ -27,8 +27,10 @@ from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
     PrintProgressCallback,
     ProgressBarCallback,
+    SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
 )
+from pytorch_accelerated.errors import TrainingInterrupted
 from tests.support import Stream, make_data, make_mlp, run_processes
 
 ROOT = Path(__file__).parent.parent
@@ -283,3 +285,10 @@ def test_a_failed_run_is_not_announced_as_finished(error: BaseException, capsys:
         f"Training run ended by {type(error).__name__} in epoch 1: 2 updates, 16 samples"
     )
     assert any("while training" in note for note in raised.value.__notes__)
+
+
+def test_an_interrupted_run_is_announced_as_interrupted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    saver = SaveTrainingStateCallback(tmp_path, time_budget=1e-9)
+    with pytest.raises(TrainingInterrupted):
+        make_trainer(PrintProgressCallback, saver).train(make_data(32), 1)
+    assert capsys.readouterr().out.splitlines()[-1] == "Training run interrupted in epoch 1: 1 updates, 8 samples"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import threading
 from contextlib import suppress
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import (
@@ -29,7 +31,13 @@ from pytorch_accelerated.callbacks import (
     WSDCheckpointCallback,
 )
 from pytorch_accelerated.checkpoint import list_checkpoints, verify
-from pytorch_accelerated.errors import CheckpointError, CheckpointMismatchError, NonFiniteError
+from pytorch_accelerated.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    NonFiniteError,
+    TrainingInterrupted,
+)
+from pytorch_accelerated.run_config import TrainerPlaceholderValues
 from pytorch_accelerated.schedulers import LinearLrScheduler, WSDLrScheduler
 from tests.support import assert_equal_weights, make_data, make_mlp, run_processes, weights_of
 
@@ -647,6 +655,82 @@ def test_another_learning_rate_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     make_trainer(SaveTrainingStateCallback(tmp_path)).train(DATA, 1)
     make_trainer(optimizer=partial(AdamW, lr=0.01)).train(DATA, 2, resume_from=tmp_path)
     assert "lr of the optimizer was 0.05 and is 0.01 here; it goes on with 0.05." in capsys.readouterr().out
+
+
+def test_another_learning_rate_is_told_as_often_as_it_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is the run's own that counts, and not that of the script which went on with it last."""
+
+    def train(lr: float, num_epochs: int) -> str:
+        trainer = make_trainer(SaveTrainingStateCallback(tmp_path), optimizer=partial(AdamW, lr=lr))
+        schedule = partial(LinearLrScheduler, num_updates=100)
+        trainer.train(DATA, num_epochs, per_device_batch_size=4, create_scheduler_fn=schedule, resume_from="latest")
+        return capsys.readouterr().out
+
+    note = "lr of the optimizer was 0.05 and is 0.01 here; it goes on with 0.05."
+    assert "Note" not in train(0.05, 1)
+    assert note in train(0.01, 2)
+    assert note in train(0.01, 3)
+    assert "Note" not in train(0.05, 4)
+
+
+def test_another_learning_rate_of_one_group_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def make(lr: float) -> Any:
+        model = make_mlp(dropout=0.3)
+        groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "lr": lr}]
+        return Trainer(model, nn.CrossEntropyLoss(), AdamW(groups, lr=0.05), [SaveTrainingStateCallback(tmp_path)])
+
+    make(0.2).train(DATA, 1)
+    make(0.1).train(DATA, 2, resume_from="latest")
+    notes = [line for line in capsys.readouterr().out.splitlines() if "Note" in line]
+    assert notes == [
+        "Note on resuming: lr of group 1 of the optimizer was 0.2 and is 0.1 here; it goes on with 0.2.",
+    ]
+
+
+def test_a_schedule_that_does_not_know_of_a_longer_run_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(num_epochs: int, schedule: Any) -> list[str]:
+        trainer = make_trainer(SaveTrainingStateCallback(tmp_path / schedule.func.__name__))
+        trainer.train(DATA, num_epochs, per_device_batch_size=4, create_scheduler_fn=schedule, resume_from="latest")
+        return [line for line in capsys.readouterr().out.splitlines() if "Note" in line]
+
+    torchs = partial(CosineAnnealingLR, T_max=TrainerPlaceholderValues.NUM_UPDATES)
+    ours = partial(LinearLrScheduler, num_updates=TrainerPlaceholderValues.NUM_UPDATES)
+    assert train(1, torchs) == train(1, ours) == train(2, ours) == []
+    assert train(2, torchs) == [
+        "Note on resuming: the run is 10 updates long instead of 5, but CosineAnnealingLR goes on with the schedule it "
+        "had."
+    ]
+
+
+def test_a_run_that_is_to_stop_saves_also_where_the_save_in_the_background_has_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "state"
+    saver = SaveTrainingStateCallback(directory, save_every_n_updates=2, asynchronous=True)
+
+    def spoil(trainer: Trainer, **kwargs: Any) -> None:
+        if trainer.num_updates == 2:  # before the saver hears of it
+            directory.rmdir()
+            directory.write_text("in the way")
+
+    def repair(trainer: Trainer, **kwargs: Any) -> None:
+        if trainer.num_updates == 2:  # after it has
+            saver._in_background and saver._in_background.exception(timeout=30)
+            directory.unlink()
+            saver._raise_failure = lambda: None  # as if it failed a moment later
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    early, late = LambdaCallback(on_train_update_end=spoil), LambdaCallback(on_train_update_end=repair)
+    late.order = 3
+    with pytest.raises(TrainingInterrupted):
+        make_trainer(early, saver, late).train(DATA, 2, per_device_batch_size=4)
+    said = capsys.readouterr().out
+    assert "The save in the background has failed: cannot" in said and "SIGTERM: saved" in said
+    assert names_in(directory) == ["epoch-1-update-3"]
 
 
 def test_latest_needs_to_know_where(tmp_path: Path) -> None:

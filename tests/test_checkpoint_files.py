@@ -302,6 +302,34 @@ def test_a_save_in_the_background_that_fails_stops_the_run_too(name: str, run: R
     assert_equal_weights(resume(quick), run.weights)
 
 
+@pytest.mark.parametrize("is_failing", [False, True])
+def test_large_files_are_flushed_on_the_way_and_a_failure_then_is_not_forgotten(
+    is_failing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells of a lost page once; the flush at the end would find nothing wrong."""
+    monkeypatch.setattr(protocol, "_FLUSH_EVERY", 1 << 20)
+    threads, sync = [], os.fsync
+
+    def watch(descriptor: int) -> None:
+        threads.append(threading.current_thread())
+        if is_failing and len(threads) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    tensors = {"a": torch.randn(3 << 20)}
+    path = tmp_path / "large.safetensors"
+    if is_failing:
+        with pytest.raises(CheckpointError, match=r"cannot save .*large\.safetensors: Input/output error"):
+            save_weights(path, tensors, {})
+        assert os.listdir(tmp_path) == []
+    else:
+        digest = save_weights(path, tensors, {})
+        assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert torch.equal(safetensors.torch.load_file(path)["a"], tensors["a"])
+    assert threads[0] is not threading.main_thread()
+
+
 def test_when_the_main_process_cannot_save_all_know_why(tmp_path: Path) -> None:
     for error in run_processes(cases.fail_on_the_main_process, 2, tmp_path):
         assert f"cannot save {tmp_path}" in error and FULL in error
@@ -511,7 +539,7 @@ def test_latest_begins_anew_where_there_is_nothing(
         train(make_trainer(None), "latest")
 
 
-def test_a_path_where_there_is_nothing_is_an_error(tmp_path: Path) -> None:
+def test_a_path_where_there_is_nothing_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     trainer = make_trainer(tmp_path / "saved")
@@ -520,8 +548,13 @@ def test_a_path_where_there_is_nothing_is_an_error(tmp_path: Path) -> None:
         assert isinstance(error, CheckpointError) and repr(str(path)) in str(error), (path, error)
         error = failure_of(partial(trainer.load_checkpoint, path or tmp_path / "missing"))
         assert isinstance(error, CheckpointError) and str(path) in str(error), (path, error)
-    with pytest.raises(CheckpointError, match="empty holds no checkpoint"):
+    capsys.readouterr()
+    with pytest.raises(CheckpointError, match=f"^No checkpoint in {tmp_path / 'empty'}.$"):
         trainer.load_training_state(tmp_path / "empty")
+    assert capsys.readouterr().out == ""
+    for value in (True, 3, b"latest"):
+        with pytest.raises(TypeError, match="resume_from must be 'latest', a path, or None"):
+            train(trainer, value)
     assert not (tmp_path / "saved").exists()
 
 
@@ -1273,7 +1306,7 @@ DTYPES = [
 
 def bits(tensor: Tensor) -> list[Any]:
     """Return the bytes of a tensor, for which every type has an equality."""
-    resolved = tensor.resolve_conj().resolve_neg().contiguous()
+    resolved = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     return [tensor.dtype, tuple(tensor.shape), resolved.reshape(-1).view(torch.uint8).tolist()]
 
 
@@ -1324,6 +1357,7 @@ def test_tensors_that_lie_oddly_in_memory_are_read_by_safetensors(tmp_path: Path
         "expanded": torch.ones(1, 3).expand(4, 3),
         "view_with_offset": base.reshape(-1)[5:11],
         "one_of_another": base[1, 2, 3],
+        "single_with_a_stride": base.reshape(-1)[3:4:2].as_strided((1,), (2,)),
         "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
         "conjugate": number.conj(),
         "negative": number.conj().imag,

@@ -194,6 +194,48 @@ def test_saving_the_state_at_a_moment_of_ones_own(tmp_path: Path) -> None:
         make_trainer().save_training_state(tmp_path / "other")
 
 
+INSIDE = ["on_train_step_begin", "on_train_step_end", "on_optimizer_step_begin", "on_train_epoch_begin"]
+
+
+@pytest.mark.parametrize("event", INSIDE)
+def test_saving_the_state_inside_an_update_is_refused(event: str, tmp_path: Path) -> None:
+    """At the beginning of an epoch, too, if it is the one that a run goes on in."""
+
+    def save(trainer: Trainer, **kwargs: Any) -> None:
+        if trainer.num_updates == 3 and not trainer.training_run.is_stopped:
+            trainer.save_training_state(tmp_path / "mine")
+
+    saver = SaveTrainingStateCallback(tmp_path / "state", save_every_n_updates=3)
+    make_trainer(callbacks=[saver]).train(make_data(20), 1, per_device_batch_size=4)
+    first = min((tmp_path / "state").iterdir())
+    trainer = make_trainer(callbacks=[LambdaCallback(**{event: save})])
+    with pytest.raises(CheckpointError, match="save_training_state was called inside an update, or before a resumed"):
+        trainer.train(make_data(20), 1, per_device_batch_size=4, resume_from=first)
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    "event",
+    ["on_train_update_end", "on_train_epoch_begin", "on_train_epoch_end", "on_eval_step_end", "on_train_run_end"],
+)
+def test_saving_the_state_between_updates_at_any_event_is_exact(event: str, tmp_path: Path) -> None:
+    places: list[Path] = []
+
+    def save(trainer: Trainer, **kwargs: Any) -> None:
+        places.append(trainer.save_training_state(tmp_path / f"{len(places)}"))
+
+    whole = make_trainer(callbacks=[LambdaCallback(**{event: save})])
+    whole.train(make_data(20), 2, make_data(8), per_device_batch_size=4)
+    assert places
+    for place in places:
+        resumed = make_trainer()
+        resumed.train(make_data(20), 2, make_data(8), per_device_batch_size=4, resume_from=place)
+        assert_equal_weights(weights_of(resumed), weights_of(whole))
+        for name in ("train_loss_epoch", "eval_loss_epoch"):
+            values = [trainer.run_history.get_metric_values(name) for trainer in (resumed, whole)]
+            assert values[0] == values[1], (event, place, name)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
 def test_weights_of_another_model_are_refused_and_nothing_changes(name: str, tmp_path: Path) -> None:
     make_trainer().save_model(tmp_path / name)

@@ -613,6 +613,23 @@ def test_an_interrupted_run_does_not_wait_for_a_worker_that_hangs(persistent: bo
     assert scene.checkpoints() == [7]
 
 
+def test_the_first_ctrl_c_is_answered_at_once_and_the_third_ends_a_step_that_hangs(scene: Scene) -> None:
+    case = scene.case("step 14", action="train", in_full=True)
+    process = scene.fork(case)
+    process.reach("step 14")  # it waits for a word that nobody says
+    process.send("SIGINT")
+    answer = "SIGINT: the run saves its state after this update and stops. Twice more, and it stops at once"
+    until(lambda: answer in process.text(), "the signal was not answered")
+    process.send("SIGINT")
+    time.sleep(0.5)
+    assert process.family() != []
+    process.send("SIGINT")
+    assert process.finish(30) in (-signal.SIGINT, 130), process.text()
+    assert "KeyboardInterrupt: at once, without saving, as SIGINT came three times" in process.text()
+    assert process.text().count("the run saves its state after this update") == 1
+    assert scene.checkpoints() == []
+
+
 def test_the_interpreter_leaves_while_a_daemon_thread_trains_with_workers(scene: Scene) -> None:
     case = scene.case("leaving", "step 20", action="daemon thread", num_workers=2, in_full=True)
     process = scene.fork(case)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.errors import TrainingInterrupted
 
 if TYPE_CHECKING:
     from pytorch_accelerated.passes import DataPass
@@ -18,12 +19,6 @@ if TYPE_CHECKING:
 
 class PrintProgressCallback(TrainerCallback):
     """Print a line when a run, an epoch or an evaluation begins, and when a run ends. Main process only."""
-
-    _failure: str | None = None
-
-    def on_exception(self, trainer: Trainer, exception: BaseException, **kwargs: Any) -> None:
-        """Note that the run failed, to say so at its end."""
-        self._failure = type(exception).__name__
 
     def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print that training begins, and how far it will go."""
@@ -42,12 +37,13 @@ class PrintProgressCallback(TrainerCallback):
         """Print which evaluation begins."""
         trainer.print(f"Starting evaluation{f' on {eval_name}' if eval_name else ''}")
 
-    def on_train_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+    def on_train_run_end(self, trainer: Trainer, exception: BaseException | None = None, **kwargs: Any) -> None:
         """Print that training is over, and what it took."""
-        failure, self._failure = self._failure, None
-        what = (
-            f"Training run ended by {failure} in epoch {trainer.current_epoch}" if failure else "Finishing training run"
-        )
+        what = "Finishing training run"
+        if exception is not None:
+            is_failure = not isinstance(exception, TrainingInterrupted)
+            how = f"ended by {type(exception).__name__}" if is_failure else "interrupted"
+            what = f"Training run {how} in epoch {trainer.current_epoch}"
         trainer.print(f"{what}: {trainer.num_updates} updates, {trainer.num_samples} samples")
 
 

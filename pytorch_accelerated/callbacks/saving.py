@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -51,8 +52,8 @@ class SaveTrainingStateCallback(TrainerCallback):
     Checkpoints are taken between updates, after all other callbacks, and appear whole or not at all. On SIGTERM and
     SIGINT, at the end of ``time_budget`` and when `accelerate launch` dies, the run finishes its update, saves, and
     leaves with ``TrainingInterrupted``: exit code 143, after SIGINT 130. It does not wait for the end of an evaluation.
-    In an interactive session SIGINT (Ctrl-C) raises KeyboardInterrupt after saving, which gives the prompt back.
-    SIGUSR1 saves and goes on.
+    In an interactive session SIGINT (Ctrl-C) raises KeyboardInterrupt after saving, which gives the prompt back. The
+    third Ctrl-C does at once, without saving, also where a step hangs. SIGUSR1 saves and goes on.
     """
 
     order = 2
@@ -130,7 +131,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._start = self._last_save = time.monotonic()
         self._agreement = distributed.PeriodicAgreement(trainer.accelerator)
         self._boundary, self._step_of_update, self._is_stopping = None, None, False
-        if not self._signals.start():
+        if not self._signals.start(announces=trainer.accelerator.is_main_process):
             trainer.print("train() runs in another thread than the main one, so signals do not reach it.")
 
     def on_train_epoch_begin(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -190,7 +191,7 @@ class SaveTrainingStateCallback(TrainerCallback):
             return
         run = trainer.training_run
         is_changing = run.data_pass is not None and run.data_pass.step == self._step_of_update
-        if Boundary.is_now(trainer):
+        if run.is_between_updates:
             snapshot = capture_alone(trainer)
         elif boundary.num_updates == trainer.num_updates and not is_changing:
             snapshot = boundary.capture(trainer)
@@ -234,12 +235,17 @@ class SaveTrainingStateCallback(TrainerCallback):
             self._save(trainer, in_background=self.asynchronous)
 
     def _stop(self, trainer: Trainer, code: int) -> None:
+        try:
+            distributed.on_main_process(trainer.accelerator, self._finish_background, CheckpointError)
+        except CheckpointError as error:  # told, because one more attempt is all that is left
+            trainer.print(f"The save in the background has failed: {error}")
         path = self._save(trainer)
         reason, exit_code = _REASONS[code], _EXIT_CODES[code]
         at_prompt = code == _SIGINT and hasattr(sys, "ps1")
         leaving = "giving the prompt back" if at_prompt else f"leaving with exit code {exit_code}"
-        trainer.print(f"{reason}: saved {path}, {leaving}. train(resume_from='latest') goes on from there.")
         self._is_stopping = True
+        with suppress(OSError):  # whoever read the output may be gone, as when the launcher has died
+            trainer.print(f"{reason}: saved {path}, {leaving}. train(resume_from='latest') goes on from there.")
         if self._signals.raised is not None:  # by the user's own handler
             raise self._signals.raised
         if at_prompt:

@@ -9,6 +9,7 @@ from pytorch_accelerated.checkpoint.content import (
     capture,
     check_can_save,
     find,
+    hyperparameters_of,
     load_state,
     save_state,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "check_can_save",
     "find",
     "find_newest",
+    "hyperparameters_of",
     "list_checkpoints",
     "load_portable",
     "load_state",

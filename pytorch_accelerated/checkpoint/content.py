@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,14 @@ import accelerate
 import torch
 from accelerate.utils import DistributedType, recursively_apply
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pytorch_accelerated import distributed, randomness
 from pytorch_accelerated._version import __version__
 from pytorch_accelerated.checkpoint import files, weights
 from pytorch_accelerated.engine import raw_optimizer
 from pytorch_accelerated.errors import CheckpointError, CheckpointMismatchError, NonFiniteError
+from pytorch_accelerated.schedulers import UpdateLrScheduler
 from pytorch_accelerated.tracking import RunCounters
 
 if TYPE_CHECKING:
@@ -60,8 +63,8 @@ class Snapshot:
         """
         writers: dict[str, files.Writer] = {
             files.MODEL: lambda file: weights.write_safetensors(file, self.tensors, {"format": "pt"}),
-            files.OPTIMIZER: lambda file: weights.save_plain(self.optimizer, file),
-            files.STATE: lambda file: weights.save_plain(self.state, file),
+            files.OPTIMIZER: lambda file: weights.save_without_checksums(self.optimizer, file),
+            files.STATE: lambda file: weights.save_without_checksums(self.state, file),
             files.FACTS: lambda file: _write_bytes(file, self.facts),
         }
         files.write_checkpoint(target, writers, {"run_id": self.run_id, "sequence": sequence, "keeper": keeper})
@@ -172,8 +175,9 @@ def _check_finite(model: nn.Module) -> None:
         )
     # Masks may well be infinite, but nothing is meant to be NaN.
     buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point() and b.layout is torch.strided}
-    spoilt = [name for name, buffer in buffers.items() if bool(torch.isnan(buffer).any())]
-    if spoilt:
+    flags = [torch.isnan(buffer).any() for buffer in buffers.values()]
+    if flags and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any()):  # one wait for all
+        spoilt = [name for name, flag in zip(buffers, flags, strict=True) if bool(flag)]
         raise NonFiniteError(
             f"buffers of the model are NaN ({', '.join(spoilt[:3])}), and the newest checkpoint never is: not saved."
         )
@@ -227,7 +231,7 @@ def _facts_of(trainer: Trainer, optimizer: str, groups: list[list[str]]) -> dict
         "optimizer": {
             "type": optimizer,
             "groups": groups,
-            "defaults": _plain(raw_optimizer(trainer.optimizer).defaults),
+            "hyperparameters": run.hyperparameters,
         },
         "scheduler": _type_name(trainer.scheduler),
         "num_updates": config.num_updates,
@@ -249,11 +253,16 @@ def _type_name(scheduler: Any) -> str | None:
     return None if scheduler is None else type(scheduler).__name__
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value if isinstance(value, bool | int | float | str | None) else str(value)
-        for name, value in values.items()
-    }
+def hyperparameters_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return what the user has chosen for each group of an optimizer; call it before a scheduler changes that."""
+    return [
+        {
+            name: value if isinstance(value, bool | int | float | str | None) else str(value)
+            for name, value in group.items()
+            if name not in ("params", "initial_lr")
+        }
+        for group in optimizer.param_groups
+    ]
 
 
 def data_facts(trainer: Trainer) -> dict[str, Any]:
@@ -352,7 +361,7 @@ class Checkpoint:
             (self.position, _POSITION),
             (self.counters, counters),
             (self.facts["data"], _DATA),
-            (self.facts["optimizer"], {"type": str, "groups": list, "defaults": dict}),
+            (self.facts["optimizer"], {"type": str, "groups": list, "hyperparameters": list}),
             (self.facts["history"], {"metrics": dict}),
         ):
             self._check_fields(value, fields, files.FACTS)
@@ -424,12 +433,22 @@ class Checkpoint:
             )
         if own["mixed_precision"] != there["mixed_precision"]:
             found.append(f"mixed precision is {own['mixed_precision']} instead of {there['mixed_precision']}.")
-        defaults = _plain(raw_optimizer(trainer.optimizer).defaults)
-        for name, value in self.facts["optimizer"]["defaults"].items():
-            if name in defaults and defaults[name] != value:
+        groups = list(
+            zip(self.facts["optimizer"]["hyperparameters"], trainer.training_run.hyperparameters, strict=False)
+        )
+        for number, (theirs, ours) in enumerate(groups):
+            where = f"group {number} of " if len(groups) > 1 else ""
+            for name in sorted(name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name]):
+                value = theirs[name]
                 found.append(
-                    f"{name} of the optimizer was {value} and is {defaults[name]} here; it goes on with {value}."
+                    f"{name} of {where}the optimizer was {value} and is {ours[name]} here; it goes on with {value}."
                 )
+        before, now = self.facts["num_updates"], trainer.run_config.num_updates
+        if before != now and trainer.scheduler is not None and not isinstance(trainer.scheduler, UpdateLrScheduler):
+            found.append(
+                f"the run is {now} updates long instead of {before}, but {type(trainer.scheduler).__name__} goes on "
+                "with the schedule it had."
+            )
         return found
 
     def num_steps_in_epoch(self, trainer: Trainer) -> int:
@@ -513,6 +532,7 @@ class Checkpoint:
         run.pending_evaluation = position["pending_evaluation"]
         run.num_evaluated = position["num_evaluated"]
         run.is_stopped = position["is_stopped"]
+        run.hyperparameters = self.facts["optimizer"]["hyperparameters"]
         num_steps = self.num_steps_in_epoch(trainer) if run.is_in_epoch else None
         run.num_steps_in_epoch = num_steps or 0
         run.is_epoch_exhausted = position["is_epoch_exhausted"]
@@ -534,8 +554,15 @@ def save_state(trainer: Trainer, target: Path) -> Path:
     """Save the state of the training run as the checkpoint ``target``. Collective.
 
     Raises:
-        CheckpointError: if there is something there, or it cannot be written.
+        CheckpointError: if there is something there, if it cannot be written, or if an update is in progress.
     """
+    check_can_save(trainer)
+    if not trainer.training_run.is_between_updates:
+        raise CheckpointError(
+            "save_training_state was called inside an update, or before a resumed run has taken its state up, from "
+            "where no run could go on to the same numbers. Call it in on_train_update_end or at the end of an epoch, "
+            "or leave it to SaveTrainingStateCallback."
+        )
     snapshot = capture(trainer)
 
     def write() -> None:
@@ -555,9 +582,8 @@ def load_state(trainer: Trainer, source: Path) -> None:
     """
     if trainer.is_training_run:
         raise RuntimeError("load_training_state was called inside a training run; use train(resume_from=...).")
-    found = find(trainer.accelerator, source, [], trainer.print)
-    if found is None:
-        raise CheckpointError(f"{source} holds no checkpoint.")
+    found = find(trainer.accelerator, source, [], trainer.print, is_required=True)
+    assert found is not None, "it is required"
     trainer.prepare_model_and_optimizer()
     found.restore(trainer, is_final=True, has_position=False)
 
@@ -576,6 +602,7 @@ def find(
     resume_from: str | Path | None,
     directories: list[Path],
     say: Callable[[str], None],
+    is_required: bool = False,
 ) -> Checkpoint | None:
     """Return the checkpoint that a run is to go on from, the same on every process; None to begin anew. Collective.
 
@@ -584,14 +611,21 @@ def find(
         resume_from: ``"latest"``, a checkpoint, or a directory that holds checkpoints; None to begin anew.
         directories: where ``"latest"`` looks.
         say: called with each line that the user should read.
+        is_required: whether it is an error that a directory holds no checkpoint.
 
     Raises:
         CheckpointError: if there is nothing at the path that was given, or nothing whole.
+        TypeError: if ``resume_from`` is something else.
     """
     if resume_from is None:
         return None
+    if not isinstance(resume_from, str | os.PathLike):
+        raise TypeError(
+            f"resume_from must be 'latest', a path, or None, got {resume_from!r}. 'latest' goes on from the newest "
+            "checkpoint, if there is one."
+        )
     path = distributed.on_main_process(
-        accelerator, lambda: _find_on_main(resume_from, directories, say), CheckpointError
+        accelerator, lambda: _find_on_main(resume_from, directories, say, is_required), CheckpointError
     )
     if path is None:
         return None
@@ -603,7 +637,9 @@ def find(
     return Checkpoint(path)
 
 
-def _find_on_main(resume_from: str | Path, directories: list[Path], say: Callable[[str], None]) -> Path | None:
+def _find_on_main(
+    resume_from: str | Path, directories: list[Path], say: Callable[[str], None], is_required: bool
+) -> Path | None:
     if resume_from != "latest":
         path = Path(resume_from)
         try:
@@ -637,6 +673,9 @@ def _find_on_main(resume_from: str | Path, directories: list[Path], say: Callabl
     if not found and problems:
         raise problems[0]
     if not found:
-        say(f"No checkpoint in {', '.join(map(str, directories))}: beginning anew.")
+        where = f"No checkpoint in {', '.join(map(str, directories))}"
+        if is_required:
+            raise CheckpointError(f"{where}.")
+        say(f"{where}: beginning anew.")
         return None
     return max(found, key=lambda path: (Checkpoint(path).counters["num_updates"], path.name))

@@ -41,6 +41,7 @@ _NAME = re.compile(r"checkpoint-(\d+)-epoch-\d+-update-\d+")
 _TEMPORARY, _DISCARDED = ".tmp-", ".discarded-"
 _CHUNK = 1 << 22
 _SMALL = 1 << 16
+_FLUSH_EVERY = 1 << 25
 _SECONDS_UNTIL_STALE = 3600.0
 
 
@@ -82,13 +83,15 @@ class DurableFile:
     An error while writing is kept and raised by ``close``, because writers in C++ would bury it.
     """
 
-    def __init__(self, path: Path, hasher: ThreadPoolExecutor) -> None:
-        """Create the file at ``path``; the thread of ``hasher`` computes the hash meanwhile."""
+    def __init__(self, path: Path, threads: ThreadPoolExecutor) -> None:
+        """Create the file at ``path``; one of two ``threads`` hashes meanwhile, the other keeps the disk busy."""
         self.size = 0
         self._path = path
         self._digest = hashlib.sha256()
-        self._hasher = hasher
+        self._threads = threads
         self._hashing: Future[None] | None = None
+        self._flushing: Future[None] | None = None
+        self._size_at_flush = 0
         self._error: OSError | None = None
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
 
@@ -108,7 +111,7 @@ class DurableFile:
     def close(self) -> str:
         """Flush the file to the disk, close it and return the hash. Raises OSError, also one that came earlier."""
         try:
-            self._wait()
+            self._wait_for_flush()
             if self._error is not None:
                 raise self._error
             os.fsync(self._descriptor)
@@ -118,7 +121,8 @@ class DurableFile:
 
     def abandon(self) -> None:
         """Close the file as it is."""
-        self._wait()
+        with suppress(OSError):  # something else has failed already
+            self._wait_for_flush()
         os.close(self._descriptor)
 
     def _write(self, view: memoryview) -> None:
@@ -128,12 +132,27 @@ class DurableFile:
             if chunk.nbytes <= _SMALL:
                 self._digest.update(chunk)
             else:  # beside the writing; both let go of Python's lock
-                self._hashing = self._hasher.submit(self._digest.update, chunk)
+                self._hashing = self._threads.submit(self._digest.update, chunk)
             written = 0
             while written < chunk.nbytes:  # the system may take less than it is given
                 written += os.write(self._descriptor, chunk[written:])
             self.size += chunk.nbytes
+            self._flush_early()
         self._wait()  # the caller may use its buffer again
+
+    def _flush_early(self) -> None:
+        """Let the disk begin with what is written, so that there is little to wait for at the end."""
+        is_idle = self._flushing is None or self._flushing.done()
+        if is_idle and self.size - self._size_at_flush >= _FLUSH_EVERY:
+            self._wait_for_flush()
+            self._size_at_flush = self.size
+            self._flushing = self._threads.submit(os.fsync, self._descriptor)
+
+    def _wait_for_flush(self) -> None:
+        """Wait for an early flush. Raises OSError if it failed, which the system tells only once."""
+        if self._flushing is not None:
+            flushing, self._flushing = self._flushing, None
+            flushing.result()
 
     def _wait(self) -> None:
         if self._hashing is not None:
@@ -154,8 +173,8 @@ def write_file(path: Path, writer: Writer) -> str:
     is_replaced = False
     try:
         _make_directory(path.parent)
-        with ThreadPoolExecutor(max_workers=1) as hasher:
-            digest, _ = _write(temporary, writer, hasher)
+        with ThreadPoolExecutor(max_workers=2) as threads:
+            digest, _ = _write(temporary, writer, threads)
         os.replace(temporary, path)
         is_replaced = True
         _sync_directory(path.parent)
@@ -185,12 +204,12 @@ def write_checkpoint(target: Path, writers: Mapping[str, Writer], facts: Mapping
         _make_directory(target.parent)
         temporary.mkdir()
         files: dict[str, dict[str, Any]] = {}
-        with ThreadPoolExecutor(max_workers=1) as hasher:
+        with ThreadPoolExecutor(max_workers=2) as threads:
             for name, writer in writers.items():
-                digest, size = _write(temporary / name, writer, hasher)
+                digest, size = _write(temporary / name, writer, threads)
                 files[name] = {"size": size, "sha256": digest}
             content = {"format_version": FORMAT_VERSION, **facts, "files": files}
-            _write(temporary / MANIFEST, lambda file: _write_all(file, _sealed(content)), hasher)
+            _write(temporary / MANIFEST, lambda file: _write_all(file, _sealed(content)), threads)
         _sync_directory(temporary)
         os.replace(temporary, target)
         try:
@@ -208,8 +227,8 @@ def _write_all(file: DurableFile, data: bytes) -> None:
     file.write(data)
 
 
-def _write(path: Path, writer: Writer, hasher: ThreadPoolExecutor) -> tuple[str, int]:
-    file = DurableFile(path, hasher)
+def _write(path: Path, writer: Writer, threads: ThreadPoolExecutor) -> tuple[str, int]:
+    file = DurableFile(path, threads)
     is_written = False
     try:
         writer(file)

@@ -84,12 +84,6 @@ class Boundary:
         self._counters = copy.copy(history.counters)
         self._buffers = [buffer.detach().clone() for buffer in trainer.get_model().buffers()]
 
-    @staticmethod
-    def is_now(trainer: Trainer) -> bool:
-        """Return whether nothing has happened since the last update."""
-        run = trainer.training_run
-        return run.data_pass is not None and run.num_steps_in_epoch == run.data_pass.step + 1
-
     def capture(self, trainer: Trainer) -> Snapshot | None:
         """Return the state of the run after the last update, without asking other processes."""
         rows = [{"streams": randomness.pack_streams(self._streams), "pass": self._pass_state}]
