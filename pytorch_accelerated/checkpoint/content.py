@@ -365,6 +365,8 @@ class Checkpoint:
             (self.facts["history"], {"metrics": dict}),
         ):
             self._check_fields(value, fields, files.FACTS)
+        for group in self.facts["optimizer"]["hyperparameters"]:
+            self._check_fields({"hyperparameters": group}, {"hyperparameters": dict}, files.FACTS)
 
     def _check_fields(self, value: Any, fields: dict[str, Any], name: str) -> None:
         """Raise CheckpointError if ``value`` is not a dict with these fields of these types."""

@@ -126,19 +126,21 @@ class DurableFile:
         os.close(self._descriptor)
 
     def _write(self, view: memoryview) -> None:
-        for start in range(0, view.nbytes, _CHUNK):
-            chunk = view[start : start + _CHUNK]
-            self._wait()
-            if chunk.nbytes <= _SMALL:
-                self._digest.update(chunk)
-            else:  # beside the writing; both let go of Python's lock
-                self._hashing = self._threads.submit(self._digest.update, chunk)
-            written = 0
-            while written < chunk.nbytes:  # the system may take less than it is given
-                written += os.write(self._descriptor, chunk[written:])
-            self.size += chunk.nbytes
-            self._flush_early()
-        self._wait()  # the caller may use its buffer again
+        try:
+            for start in range(0, view.nbytes, _CHUNK):
+                chunk = view[start : start + _CHUNK]
+                self._wait()
+                if chunk.nbytes <= _SMALL:
+                    self._digest.update(chunk)
+                else:  # beside the writing; both let go of Python's lock
+                    self._hashing = self._threads.submit(self._digest.update, chunk)
+                written = 0
+                while written < chunk.nbytes:  # the system may take less than it is given
+                    written += os.write(self._descriptor, chunk[written:])
+                self.size += chunk.nbytes
+                self._flush_early()
+        finally:
+            self._wait()  # the caller may use its buffer again
 
     def _flush_early(self) -> None:
         """Let the disk begin with what is written, so that there is little to wait for at the end."""
