@@ -244,8 +244,7 @@ class _KeyedLoader(ShardedDataLoader):
         super().go_on(epoch, num_steps, state_dict)
         num_workers = self._loader.num_workers
         if self._sampler is not None:
-            if len(state_dict.get("samplers", ())) == len(self._sampler.parts):
-                set_states_of(self._sampler.parts, state_dict["samplers"])
+            set_states_of(self._sampler.parts, state_dict.get("samplers", []))
             self._sampler.digest_at_start = state_dict.get("digest")
         elif num_steps:
             assert self._stream is not None
@@ -337,8 +336,7 @@ class _ForeignLoader(ShardedDataLoader):
     def go_on(self, epoch: int, num_steps: int | None, state_dict: dict[str, Any]) -> None:
         """Let the next pass begin where another process stopped; see the base class."""
         super().go_on(epoch, num_steps, state_dict)
-        if len(state_dict.get("samplers", ())) == len(self._parts):
-            set_states_of(self._parts, state_dict["samplers"])
+        set_states_of(self._parts, state_dict.get("samplers", []))
 
     def _fetch(self, epoch: int, start: int) -> Iterator[Fetched]:
         loader = self.dataloader

@@ -37,6 +37,7 @@ from torch.utils.data import (
 )
 
 from pytorch_accelerated.randomness import OwnStreams, chunks, mix, seeded, states_of
+from pytorch_accelerated.signals import WATCHED
 
 
 class Deal(NamedTuple):
@@ -98,9 +99,6 @@ def _num_runs_in_progress() -> Tensor:
     return counter
 
 
-_SHIELDED = {getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)}
-
-
 @contextmanager
 def signals_held_back() -> Iterator[None]:
     """Hold signals back while workers are started, who are to handle them in their own way from their first moment."""
@@ -109,7 +107,7 @@ def signals_held_back() -> Iterator[None]:
         return
     # Python 3.11's start of this helper of multiprocessing lets the signals through again, so it goes first.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     try:
         yield
     finally:
@@ -156,12 +154,10 @@ class WorkerInit:
 
     def __call__(self, worker_id: int) -> None:
         """Set a worker up; torch calls it there."""
-        for name in ("SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._end_unless_in_a_run)
+        for number in WATCHED:
+            signal.signal(number, self._end_unless_in_a_run if number == signal.SIGTERM else signal.SIG_IGN)
         if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SHIELDED)  # held back while this process was started
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)  # held back while this process was started
         info: Any = get_worker_info()
         object.__setattr__(info, "dataset", info.dataset.dataset)  # its own __setattr__ refuses everything
         if self._function is not None:

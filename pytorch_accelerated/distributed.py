@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate import notebook_launcher as notebook_launcher
-from accelerate.utils import broadcast_object_list, gather_object, recursively_apply
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, recursively_apply
 from torch import Tensor
 
 from pytorch_accelerated.errors import LaunchError, ProcessFailedError
@@ -49,6 +49,15 @@ def check_launch(accelerator: Accelerator) -> None:
             f"--nproc_per_node {world_size} script.py. On a machine with GPUs, check that torch.cuda.is_available() "
             f"and that there are {world_size} of them."
         )
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Return whether weights and optimizer are spread over the processes, so that none holds them whole."""
+    return accelerator.distributed_type in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+        DistributedType.MEGATRON_LM,
+    )
 
 
 def gather(accelerator: Accelerator, data: Any, padding_value: float | None = None, contributes: bool = True) -> Any:

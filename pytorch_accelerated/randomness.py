@@ -79,10 +79,9 @@ def _device_module(device: torch.device) -> Any:
 
 def pack_streams(streams: Streams) -> dict[str, Any]:
     """Return the states of random streams in a form that ``torch.load(weights_only=True)`` reads."""
-    name, keys, position, has_gauss, cached_gaussian = streams[1]
     return {
         "torch": streams[0],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached_gaussian)],
+        "numpy": _pack_numpy(streams[1]),
         "random": [streams[2][0], torch.tensor(streams[2][1], dtype=torch.int64), streams[2][2]],
         "device": streams[3] if len(streams) > 3 else None,
     }
@@ -90,14 +89,24 @@ def pack_streams(streams: Streams) -> dict[str, Any]:
 
 def unpack_streams(packed: dict[str, Any]) -> Streams:
     """Return the states of random streams from what ``pack_streams`` made of them."""
-    name, keys, position, has_gauss, cached_gaussian = packed["numpy"]
     version, numbers, next_gaussian = packed["random"]
     host = (
         packed["torch"],
-        (name, keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian),
+        _unpack_numpy(packed["numpy"]),
         (version, tuple(numbers.tolist()), next_gaussian),  # waits for nothing: it was loaded to the CPU
     )
     return host if packed["device"] is None else (*host, packed["device"])
+
+
+def _pack_numpy(state: Any) -> list[Any]:
+    """Return the state of a stream of numpy's older kind in a form that torch reads: it has no unsigned numbers."""
+    name, keys, position, has_gauss, cached_gaussian = state
+    return [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached_gaussian)]
+
+
+def _unpack_numpy(packed: list[Any]) -> tuple[Any, ...]:
+    name, keys, *rest = packed
+    return name, keys.numpy().astype(np.uint32), *rest
 
 
 @contextmanager
@@ -175,8 +184,7 @@ def states_of(owners: Iterable[Any]) -> list[dict[str, Any]]:
             elif isinstance(value, np.random.Generator):
                 states[name] = value.bit_generator.state
             elif isinstance(value, np.random.RandomState):
-                kind, keys, *rest = value.get_state()
-                states[name] = [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest]
+                states[name] = _pack_numpy(value.get_state())
             elif isinstance(value, random.Random):
                 states[name] = value.getstate()
         found.append(states)
@@ -184,7 +192,10 @@ def states_of(owners: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def set_states_of(owners: Iterable[Any], found: list[dict[str, Any]]) -> None:
-    """Give each object the states back that ``states_of`` returned."""
+    """Give each object the states back that ``states_of`` returned, unless they were of another number of objects."""
+    owners = list(owners)
+    if len(owners) != len(found):
+        return
     for owner, states in zip(owners, found, strict=True):
         for name, state in states.items():
             if name == "state_dict" and _has_state(owner):
@@ -196,8 +207,7 @@ def set_states_of(owners: Iterable[Any], found: list[dict[str, Any]]) -> None:
             elif isinstance(value, np.random.Generator):
                 value.bit_generator.state = state
             elif isinstance(value, np.random.RandomState):
-                kind, keys, *rest = state
-                value.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+                value.set_state(_unpack_numpy(state))
             elif isinstance(value, random.Random):
                 value.setstate(state)
 

@@ -13,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pytorch_accelerated import data, distributed, randomness
-from pytorch_accelerated.checkpoint import hyperparameters_of
+from pytorch_accelerated.checkpoint import hyperparameters_of, modes_of
 from pytorch_accelerated.dealing import workers_outlive_signals
 from pytorch_accelerated.engine import Engine, raw_optimizer
 from pytorch_accelerated.errors import TrainingInterrupted
@@ -267,8 +267,7 @@ def evaluating(trainer: Trainer, kind: str, loader: data.ShardedDataLoader) -> I
     run = trainer.training_run if trainer.has_training_run else None
     before = None if run is None else run.suspended  # evaluations may be nested
     if run is not None and before is None:
-        own = {name: module.training for name, module in trainer.get_model().named_modules()}
-        run.suspended = Suspended(own, streams)
+        run.suspended = Suspended(modes_of(trainer), streams)
     data_pass = DataPass(kind, loader, trainer.accelerator, trainer.metrics, window=None)
     with temporarily(trainer, data_pass=data_pass):
         try:

@@ -12,7 +12,9 @@ from typing import Any
 import psutil
 
 _STOP = ("SIGTERM", "SIGINT")
-_SAVE = ("SIGUSR1",)  # Windows has none
+_SAVE = ("SIGUSR1",)
+WATCHED = tuple(getattr(signal, name) for name in (*_STOP, *_SAVE) if hasattr(signal, name))  # Windows has no SIGUSR1
+"""The signals that a run handles in its own way."""
 
 
 _watches: list[SignalWatch] = []  # those that are on; all share one handler
@@ -59,10 +61,9 @@ class SignalWatch:
             return False
         if not _watches:
             _pid = os.getpid()
-            for name in (*_STOP, *_SAVE):
-                number = getattr(signal, name, None)
+            for number in WATCHED:
                 # None: a handler that was not set from Python, and could not be put back.
-                if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None, _note):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None, _note):
                     _previous[number] = signal.signal(number, _note)
         if self not in _watches:
             _watches.append(self)

@@ -478,12 +478,7 @@ class Trainer:
         run.is_evaluating, run.pending_evaluation, run.num_evaluated = False, None, 0
 
     def _run_eval_epoch(
-        self,
-        loader: data.ShardedDataLoader,
-        loss_name: str,
-        prefix: str,
-        name: str | None,
-        is_intermediate: bool,
+        self, loader: data.ShardedDataLoader, loss_name: str, prefix: str, name: str | None, is_intermediate: bool
     ) -> dict[str, Any]:
         facts = {"eval_name": name, "is_intermediate": is_intermediate}
         with runs.evaluating(self, "evaluating", loader) as data_pass:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import LambdaCallback
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Children are forked from a server that has imported these once, so that they start in well under a second. The first
@@ -35,16 +36,8 @@ def run_processes(function: Callable[..., Any], num_processes: int, *args: Any, 
 
     Raises RuntimeError with the traceback if one raised.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     results = _CONTEXT.Queue()
-    processes = [
-        _CONTEXT.Process(target=_enter, args=(function, args, rank, num_processes, port, results))
-        for rank in range(max(num_processes, 1))
-    ]
-    for process in processes:
-        process.start()
+    processes = _start(_enter, function, args, num_processes, results)
     try:
         returned: dict[int, Any] = {}
         for _ in processes:
@@ -68,16 +61,8 @@ def run_until_killed(function: Callable[..., Any], num_processes: int, *args: An
 
     Returns the exit codes, negative for a signal. What a process printed comes with the error if one raised.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as log:
-        processes = [
-            _CONTEXT.Process(target=_enter_unheard, args=(function, args, rank, num_processes, port, log))
-            for rank in range(max(num_processes, 1))
-        ]
-        for process in processes:
-            process.start()
+        processes = _start(_enter_unheard, function, args, num_processes, log)
         deadline = time.monotonic() + timeout
         sentinels = [process.sentinel for process in processes]
         try:
@@ -94,6 +79,20 @@ def run_until_killed(function: Callable[..., Any], num_processes: int, *args: An
         failures = [path.read_text() for path in sorted(Path(log).glob("*.error"))]
         assert not failures, "\n".join(failures)
         return [process.exitcode or 0 for process in processes]
+
+
+def _start(enter: Callable[..., None], function: Callable[..., Any], args: Any, num_processes: int, sink: Any) -> Any:
+    """Start the processes, in each of which ``enter`` calls the function and tells ``sink`` what came of it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        _CONTEXT.Process(target=enter, args=(function, args, rank, num_processes, port, sink))
+        for rank in range(max(num_processes, 1))
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _enter_unheard(function: Callable[..., Any], args: Any, rank: int, num_processes: int, port: int, log: str) -> None:
@@ -148,6 +147,20 @@ def make_data(num_samples: int, seed: int = 0, inputs: int = 4, outputs: int = 3
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num_samples, inputs, generator=generator)
     return TensorDataset(x, torch.randint(outputs, (num_samples,), generator=generator))
+
+
+class Interruption(Exception):
+    """Ends a run where a test wants it to end."""
+
+
+def interrupt_at(update: int | None) -> LambdaCallback:
+    """Raise in the step after the given number of updates; None for never."""
+
+    def interrupt(trainer: Trainer, **kwargs: Any) -> None:
+        if trainer.num_updates == update:
+            raise Interruption
+
+    return LambdaCallback(on_train_step_end=interrupt)
 
 
 class PlainDataset(Dataset[Any]):

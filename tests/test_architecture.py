@@ -27,9 +27,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each line may import from the lines above it.
 LAYERS = [
-    {"_version", "errors", "randomness"},
+    {"_version", "errors", "randomness", "signals"},
     {"dealing"},
-    {"run_config", "tracking", "data", "distributed", "engine", "finetuning", "signals"},
+    {"run_config", "tracking", "data", "distributed", "engine", "finetuning"},
     {"passes", "schedulers"},
     {"checkpoint"},
     {"runs", "callbacks"},

@@ -39,21 +39,15 @@ from pytorch_accelerated.errors import (
 )
 from pytorch_accelerated.run_config import TrainerPlaceholderValues
 from pytorch_accelerated.schedulers import LinearLrScheduler, WSDLrScheduler
-from tests.support import assert_equal_weights, make_data, make_mlp, run_processes, weights_of
-
-
-class Interruption(Exception):
-    """Ends a run where a test wants it to end."""
-
-
-def interrupt_at(update: int) -> LambdaCallback:
-    """Raise in the step after the given number of updates."""
-
-    def interrupt(trainer: Trainer, **kwargs: Any) -> None:
-        if trainer.num_updates == update:
-            raise Interruption
-
-    return LambdaCallback(on_train_step_end=interrupt)
+from tests.support import (
+    Interruption,
+    assert_equal_weights,
+    interrupt_at,
+    make_data,
+    make_mlp,
+    run_processes,
+    weights_of,
+)
 
 
 def make_trainer(*callbacks: Any, optimizer: Any = None, trainer_class: type[Trainer] = Trainer, **kwargs: Any) -> Any:

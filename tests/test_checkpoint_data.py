@@ -27,18 +27,14 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import LambdaCallback, SaveTrainingStateCallback
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 from pytorch_accelerated.errors import CheckpointError, CheckpointMismatchError
-from tests.support import run_processes
+from tests.support import Interruption, interrupt_at, run_processes
 
 # torchdata 0.11 calls what torch 2.13 has deprecated, each time a loader is made.
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 
 NUM_SAMPLES, NUM_EPOCHS = 45, 3
-
-
-class Interruption(Exception):
-    """Ends a run where a test wants it to end."""
 
 
 def value_of(index: int, has_noise: bool = True) -> tuple[Tensor, int]:
@@ -257,11 +253,7 @@ def train(kind: str, num_workers: int, directory: Path | None, stop_at: int | No
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
 
-    def interrupt(trainer: Trainer, **_: Any) -> None:
-        if trainer.num_updates == stop_at:
-            raise Interruption
-
-    callbacks: list[Any] = [LambdaCallback(on_train_step_end=interrupt)]
+    callbacks: list[Any] = [interrupt_at(stop_at)]
     if directory is not None:
         callbacks.append(SaveTrainingStateCallback(directory, save_every_n_updates=1, max_checkpoints=3))
     trainer = IndexTrainer(model, None, partial(torch.optim.AdamW, lr=0.01), callbacks)
@@ -388,11 +380,7 @@ def train_split(
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 
-    def interrupt(trainer: Trainer, **_: Any) -> None:
-        if trainer.num_updates == stop_at:
-            raise Interruption
-
-    callbacks: list[Any] = [LambdaCallback(on_train_step_end=interrupt)]
+    callbacks: list[Any] = [interrupt_at(stop_at)]
     if directory is not None:
         callbacks.append(SaveTrainingStateCallback(directory, save_every_n_updates=1))
     trainer = IndexTrainer(model, None, partial(torch.optim.SGD, lr=0.05, momentum=0.9), callbacks, seed=4)

@@ -89,6 +89,12 @@ class Started:
         for name in names:
             os.kill(self.pid if pid is None else pid, getattr(signal, name))
 
+    def send_at(self, moment: str, *names: str) -> None:
+        """Send signals while it waits at a moment, and let it go on."""
+        self.reach(moment)
+        self.send(*names)
+        self.go_on(moment)
+
     def send_to_all(self, name: str) -> None:
         os.killpg(os.getpgid(self.pid), getattr(signal, name))
 
@@ -314,9 +320,7 @@ def test_a_signal_ends_the_run_with_its_code_and_the_same_command_goes_on(
 ) -> None:
     case = scene.case("update 7", in_full=True)
     process = scene.fork(case)
-    process.reach("update 7")
-    process.send(name)
-    process.go_on("update 7")
+    process.send_at("update 7", name)
     assert process.finish() == CODES[name]
     assert scene.checkpoints() == [7]
     assert f"{name}: saved" in process.text()
@@ -372,9 +376,7 @@ def test_codes_of_a_python_that_was_started_alone(name: str, scene: Scene, expec
 def test_sigusr1_saves_and_the_run_goes_on(scene: Scene, expected: Any) -> None:
     process = scene.fork(scene.case("update 7", "update 9"))
     for number in (7, 9):
-        process.reach(f"update {number}")
-        process.send("SIGUSR1")
-        process.go_on(f"update {number}")
+        process.send_at(f"update {number}", "SIGUSR1")
     assert process.finish() == 0
     assert scene.checkpoints() == [7, 9, NUM_UPDATES]
     assert scene.result() == expected
@@ -414,9 +416,7 @@ def test_a_time_budget_must_be_above_zero(budget: float, tmp_path: Path) -> None
 def test_while_a_sample_is_fetched(num_workers: int, scene: Scene, expected: Any) -> None:
     case = scene.case("item 2 17", num_workers=num_workers)
     process = scene.fork(case)
-    process.reach("item 2 17")
-    process.send("SIGTERM")
-    process.go_on("item 2 17")
+    process.send_at("item 2 17", "SIGTERM")
     assert process.finish() == 143
     [update] = scene.checkpoints()
     assert UPDATES_IN_EPOCH <= update < 2 * UPDATES_IN_EPOCH
@@ -426,9 +426,7 @@ def test_while_a_sample_is_fetched(num_workers: int, scene: Scene, expected: Any
 def test_in_the_middle_of_an_accumulation_window_which_is_completed(scene: Scene, expected: Any) -> None:
     case = scene.case("step 20")  # the second batch of the second window of epoch 2
     process = scene.fork(case)
-    process.reach("step 20")
-    process.send("SIGTERM")
-    process.go_on("step 20")
+    process.send_at("step 20", "SIGTERM")
     assert process.finish() == 143
     assert scene.checkpoints() == [UPDATES_IN_EPOCH + 2]
     assert scene.run_again(case) == expected
@@ -444,9 +442,7 @@ def test_an_evaluation_is_left_at_once_and_begun_anew(
     moment = f"evaluating {update} 3"
     case = scene.case(moment, num_workers=num_workers)
     process = scene.fork(case)
-    process.reach(moment)
-    process.send("SIGTERM")
-    process.go_on(moment)
+    process.send_at(moment, "SIGTERM")
     assert process.finish() == 143
     assert f"on_train_run_end TrainingInterrupted updates {update} evaluated {before + 4}\n" in process.text()
     assert scene.checkpoints() == [update]
@@ -461,15 +457,9 @@ def test_further_signals_while_a_checkpoint_is_saved_harm_nothing(
         "saving 5", "update 7", "saving 7", options={"save_every_n_updates": 5, "asynchronous": asynchronous}
     )
     process = scene.fork(case)
-    process.reach("saving 5")
-    process.send("SIGUSR1", "SIGUSR1", "SIGUSR1")
-    process.go_on("saving 5")
-    process.reach("update 7")
-    process.send("SIGTERM")
-    process.go_on("update 7")
-    process.reach("saving 7")
-    process.send("SIGTERM", "SIGINT", "SIGUSR1", "SIGTERM", "SIGINT")
-    process.go_on("saving 7")
+    process.send_at("saving 5", "SIGUSR1", "SIGUSR1", "SIGUSR1")
+    process.send_at("update 7", "SIGTERM")
+    process.send_at("saving 7", "SIGTERM", "SIGINT", "SIGUSR1", "SIGTERM", "SIGINT")
     assert process.finish() == 143
     assert scene.checkpoints() == [5, 6, 7]
     assert scene.run_again(case) == expected
@@ -495,9 +485,7 @@ def test_a_signal_while_a_checkpoint_is_written(asynchronous: bool, scene: Scene
 def test_a_signal_at_the_moment_at_which_another_checkpoint_is_due(scene: Scene, expected: Any) -> None:
     case = scene.case(f"update {NUM_UPDATES // 2}", action="decay")
     process = scene.fork(case)
-    process.reach(f"update {NUM_UPDATES // 2}")
-    process.send("SIGTERM")
-    process.go_on(f"update {NUM_UPDATES // 2}")
+    process.send_at(f"update {NUM_UPDATES // 2}", "SIGTERM")
     assert process.finish() == 143
     scene.run_again(case)
     assert scene.checkpoints() == [NUM_UPDATES // 2, NUM_UPDATES]
@@ -509,9 +497,7 @@ def test_a_signal_after_the_last_update_is_not_lost_on_the_rest_of_the_script(sc
     (scene.directory / "second").mkdir()
     case = scene.case("end", action="twice")
     process = scene.fork(case)
-    process.reach("end")
-    process.send("SIGTERM")
-    process.go_on("end")
+    process.send_at("end", "SIGTERM")
     assert process.finish() in (143, -signal.SIGTERM), process.text()
     assert not (scene.directory / "second" / "result.0").exists()
     assert scene.checkpoints() == [NUM_UPDATES]
@@ -590,9 +576,7 @@ def test_a_run_with_persistent_workers_ends_as_soon_as_it_is_finished(scene: Sce
 def test_workers_end_when_the_main_process_was_killed(scene: Scene, expected: Any) -> None:
     case = scene.case("update 7", num_workers=2, persistent=True, options={"save_every_n_updates": 5})
     process = scene.fork(case)
-    process.reach("update 7")
-    process.send("SIGKILL")
-    process.go_on("update 7")
+    process.send_at("update 7", "SIGKILL")
     assert process.finish() == -signal.SIGKILL
     assert scene.checkpoints() == [5]
     assert scene.run_again(case) == expected
@@ -618,8 +602,9 @@ def test_the_first_ctrl_c_is_answered_at_once_and_the_third_ends_a_step_that_han
     process = scene.fork(case)
     process.reach("step 14")  # it waits for a word that nobody says
     process.send("SIGINT")
-    answer = "SIGINT: the run saves its state after this update and stops. Twice more, and it stops at once"
-    until(lambda: answer in process.text(), "the signal was not answered")
+    process.wait_for(
+        "SIGINT: the run saves its state after this update and stops. Twice more, and it stops at once, without saving."
+    )
     process.send("SIGINT")
     time.sleep(0.5)
     assert process.family() != []
@@ -675,9 +660,7 @@ def test_a_signal_during_the_handler_of_another_is_not_lost(scene: Scene, expect
     process = scene.fork(case)
     process.reach("update 7")
     process.send("SIGUSR1")
-    process.reach("handling")
-    process.send("SIGTERM")
-    process.go_on("handling")
+    process.send_at("handling", "SIGTERM")
     process.go_on("update 7")
     assert process.finish() == 143, process.text()
     assert scene.checkpoints() == [7]
@@ -686,9 +669,7 @@ def test_a_signal_during_the_handler_of_another_is_not_lost(scene: Scene, expect
 
 def test_a_handler_of_the_user_is_called_once_for_a_signal_after_the_last_update(scene: Scene, expected: Any) -> None:
     process = scene.fork(scene.case("end", action="handlers"))
-    process.reach("end")
-    process.send("SIGTERM")
-    process.go_on("end")
+    process.send_at("end", "SIGTERM")
     process.finish()
     assert process.text().count("the user's handler got SIGTERM\n") == 1
     assert "handlers are as before\n" in process.text()
@@ -697,9 +678,7 @@ def test_a_handler_of_the_user_is_called_once_for_a_signal_after_the_last_update
 
 def test_signals_that_were_ignored_stay_ignored(scene: Scene, expected: Any) -> None:
     process = scene.fork(scene.case("update 7", action="ignored"))
-    process.reach("update 7")
-    process.send("SIGTERM", "SIGINT", "SIGUSR1")
-    process.go_on("update 7")
+    process.send_at("update 7", "SIGTERM", "SIGINT", "SIGUSR1")
     assert process.finish() == 0
     assert "in the run: ['not', 'not', 'not'] [False, False, False]\n" in process.text()
     assert "handlers are as before\n" in process.text()
@@ -742,9 +721,7 @@ def test_two_callbacks_that_save_leave_the_handlers_as_they_were(scene: Scene, e
     """Also for the second run of the trainer, in which a signal comes."""
     case = scene.case("update 14", action="two savers")
     process = scene.fork(case)
-    process.reach("update 14")
-    process.send("SIGTERM")
-    process.go_on("update 14")
+    process.send_at("update 14", "SIGTERM")
     assert process.finish() == 143, process.text()
     assert process.text().count("the user's handler got SIGTERM\n") == 1
     assert "between the runs [True, True, True]\n" in process.text()
@@ -760,9 +737,7 @@ def test_a_handler_that_was_set_during_a_run_and_calls_the_one_before_does_no_ha
 ) -> None:
     case = scene.case("update 14", action="chained")
     process = scene.fork(case)
-    process.reach("update 14")
-    process.send("SIGTERM")
-    process.go_on("update 14")
+    process.send_at("update 14", "SIGTERM")
     assert process.finish() == 143, process.text()
     assert process.text().count("the user's handler got SIGTERM\n") == 1
     assert scene.checkpoints() == [2 * UPDATES_IN_EPOCH, 14]
@@ -774,9 +749,7 @@ def test_a_handler_that_leaves_does_not_cost_the_state_of_the_run(scene: Scene, 
     """``signal.signal(SIGTERM, lambda *_: sys.exit(143))`` is in many scripts."""
     case = scene.case("update 7", action="raising handler")
     process = scene.fork(case)
-    process.reach("update 7")
-    process.send("SIGTERM")
-    process.go_on("update 7")
+    process.send_at("update 7", "SIGTERM")
     assert process.finish() == 143
     assert scene.checkpoints() == [7]
     assert scene.run_again(case) == expected
@@ -790,9 +763,7 @@ def test_a_handler_that_leaves_does_not_cost_the_state_of_the_run(scene: Scene, 
 def test_training_interrupted_is_no_failure(scene: Scene) -> None:
     case = scene.case("update 7", action="look")
     process = scene.fork(case)
-    process.reach("update 7")
-    process.send("SIGINT")
-    process.go_on("update 7")
+    process.send_at("update 7", "SIGINT")
     assert process.finish() == 130
     lines = process.text().splitlines()
     assert "on_train_run_end TrainingInterrupted updates 7 evaluated 20" in lines
@@ -804,9 +775,7 @@ def test_training_interrupted_is_no_failure(scene: Scene) -> None:
 def test_training_interrupted_survives_the_way_to_another_process(scene: Scene) -> None:
     case = scene.case("update 7", action="copy")
     process = scene.fork(case)
-    process.reach("update 7")
-    process.send("SIGTERM")
-    process.go_on("update 7")
+    process.send_at("update 7", "SIGTERM")
     assert process.finish() == 143, process.text()
     assert "copied SIGTERM 143 True" in process.text()
 
@@ -829,9 +798,7 @@ def test_ctrl_c_at_a_prompt_gives_it_back_and_the_same_trainer_goes_on(
     case = scene.case("update 7", "update 14", action="prompt", options={"save_on_exception": saves_on_exception})
     process = scene.fork(case)
     for number in (7, 14):
-        process.reach(f"update {number}")
-        process.send("SIGINT")
-        process.go_on(f"update {number}")
+        process.send_at(f"update {number}", "SIGINT")
     assert process.finish() == 0, process.text()
     saved = re.findall(r"KeyboardInterrupt: saved (\S+)", process.text())
     assert [path.rsplit("-", 1)[1] for path in saved] == ["7", "14"]
@@ -844,9 +811,7 @@ def test_ctrl_c_at_a_prompt_gives_it_back_and_the_same_trainer_goes_on(
 def test_sigterm_at_a_prompt_leaves(scene: Scene) -> None:
     case = scene.case("update 7", action="prompt")
     process = scene.fork(case)
-    process.reach("update 7")
-    process.send("SIGTERM")
-    process.go_on("update 7")
+    process.send_at("update 7", "SIGTERM")
     assert process.finish() == 143
     assert scene.checkpoints() == [7]
 
@@ -972,9 +937,7 @@ def test_torchrun(target: int | None, name: str, scene: Scene, expected_of_two: 
 def test_accelerate_launch_with_two_processes(scene: Scene, expected_of_two: Any) -> None:
     case = scene.case("update 7", rank=1, num_processes=2)
     process = scene.launch(case, *ACCELERATE, *TWO_PROCESSES)
-    process.reach("update 7")
-    process.send("SIGTERM")
-    process.go_on("update 7")
+    process.send_at("update 7", "SIGTERM")
     assert process.finish() != 0, process.text()
     assert len(scene.checkpoints()) == 1
     assert scene.run_two_again(case) == expected_of_two

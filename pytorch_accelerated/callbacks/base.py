@@ -154,7 +154,7 @@ class CallbackHandler:
         """
         self.callbacks: list[TrainerCallback] = []
         self._listeners: dict[str, list[Callable[..., None]]] = {event: [] for event in events}
-        self._orders: dict[str, list[int]] = {event: [] for event in self._listeners}
+        self._methods: list[dict[str, Callable[..., None]]] = []  # of each callback, by event
         self.add_callbacks(callbacks)
 
     def __iter__(self) -> Iterator[TrainerCallback]:
@@ -188,15 +188,13 @@ class CallbackHandler:
         instance = callback() if isinstance(callback, type) else callback
         if not isinstance(instance, TrainerCallback):
             raise TypeError(f"a callback must be a TrainerCallback (an instance or a class), got {callback!r}.")
-        listeners = self._find_listeners(instance)
+        methods = self._find_listeners(instance)
         position = bisect.bisect_right(self.callbacks, instance.order, key=lambda other: other.order)
         self.callbacks.insert(position, instance)
-        for event, method in listeners.items():
-            position = bisect.bisect_right(self._orders[event], instance.order)
-            self._orders[event].insert(position, instance.order)
+        self._methods.insert(position, methods)
+        for event in methods:
             # A new list, because a callback may come or go while the old one is being called.
-            before, after = self._listeners[event][:position], self._listeners[event][position:]
-            self._listeners[event] = [*before, method, *after]
+            self._listeners[event] = [others[event] for others in self._methods if event in others]
 
     def remove_callback(self, callback: TrainerCallback) -> None:
         """Take a callback out. Raises ValueError if it is not there."""
@@ -210,7 +208,7 @@ class CallbackHandler:
         """Take all callbacks out."""
         self.callbacks = []
         self._listeners = {event: [] for event in self._listeners}
-        self._orders = {event: [] for event in self._listeners}
+        self._methods = []
 
     def _find_listeners(self, callback: TrainerCallback) -> dict[str, Callable[..., None]]:
         nearest: dict[str, tuple[int, str]] = {}

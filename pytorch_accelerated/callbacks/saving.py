@@ -25,6 +25,7 @@ from pytorch_accelerated.checkpoint import (
     prepare_directory,
     read_metadata,
     save_portable,
+    write_together,
 )
 from pytorch_accelerated.errors import CheckpointError, TrainingInterrupted
 from pytorch_accelerated.schedulers import WSDLrScheduler
@@ -42,7 +43,6 @@ _REASONS = {
     _SIGTERM: "SIGTERM",
     _SIGINT: "SIGINT",
 }
-_EXIT_CODES = {_OUT_OF_TIME: 143, _LAUNCHER_GONE: 143, _SIGTERM: 143, _SIGINT: 130}
 _CODES = {reason: code for code, reason in _REASONS.items()}
 
 
@@ -240,7 +240,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         except CheckpointError as error:  # told, because one more attempt is all that is left
             trainer.print(f"The save in the background has failed: {error}")
         path = self._save(trainer)
-        reason, exit_code = _REASONS[code], _EXIT_CODES[code]
+        reason, exit_code = _REASONS[code], 130 if code == _SIGINT else 143
         at_prompt = code == _SIGINT and hasattr(sys, "ps1")
         leaving = "giving the prompt back" if at_prompt else f"leaving with exit code {exit_code}"
         self._is_stopping = True
@@ -264,7 +264,7 @@ class SaveTrainingStateCallback(TrainerCallback):
                 self._staged = snapshot.to_host(self._staged)
                 self._in_background = self._executor.submit(self._store.write, self._staged)
             return self.save_dir
-        self.latest = write_together(trainer, self._store, snapshot)
+        self.latest = write_together(trainer, snapshot, self._store.write)
         return self.latest
 
     def _finish_background(self) -> None:
@@ -276,16 +276,6 @@ class SaveTrainingStateCallback(TrainerCallback):
     def _raise_failure(self) -> None:
         if self._in_background is not None and self._in_background.done():
             self._finish_background()
-
-
-def write_together(trainer: Trainer, store: CheckpointStore, snapshot: Snapshot | None) -> Path:
-    """Write what the main process has captured, and return the path on every process. Collective."""
-
-    def write() -> Path:
-        assert snapshot is not None, "the main process has captured it"
-        return store.write(snapshot)
-
-    return distributed.on_main_process(trainer.accelerator, write, CheckpointError)
 
 
 class WSDCheckpointCallback(TrainerCallback):
@@ -320,7 +310,7 @@ class WSDCheckpointCallback(TrainerCallback):
         """Save if the decay comes next."""
         schedule = trainer.scheduler
         if schedule.last_epoch == schedule.num_updates - schedule.num_decay_updates:
-            path = write_together(trainer, self._store, capture(trainer))
+            path = write_together(trainer, capture(trainer), self._store.write)
             trainer.print(f"Saved {path}, the state before the decay of the learning rate.")
 
 

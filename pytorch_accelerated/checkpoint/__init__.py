@@ -11,7 +11,9 @@ from pytorch_accelerated.checkpoint.content import (
     find,
     hyperparameters_of,
     load_state,
+    modes_of,
     save_state,
+    write_together,
 )
 from pytorch_accelerated.checkpoint.files import (
     find_newest,
@@ -37,6 +39,7 @@ __all__ = [
     "list_checkpoints",
     "load_portable",
     "load_state",
+    "modes_of",
     "prepare_directory",
     "read_manifest",
     "read_metadata",
@@ -46,4 +49,5 @@ __all__ = [
     "save_weights",
     "verify",
     "weights_of",
+    "write_together",
 ]

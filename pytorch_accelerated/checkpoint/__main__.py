@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def _inspect(path: Path) -> int:
         _say(f"  cannot be read: {type(error).__name__}: {error}")
         return 1
     facts = found.facts
-    num_weights = sum(_product(shape) for shape in shapes)
+    num_weights = sum(math.prod(shape) for shape in shapes)
     lines = {
         "stands": found.describe(),
         "model": f"{num_weights:,} numbers in {len(shapes)} tensors",
@@ -97,13 +98,6 @@ def _inspect(path: Path) -> int:
 
 def _say(line: Any) -> None:
     sys.stdout.write(f"{line}\n")
-
-
-def _product(shape: Any) -> int:
-    product = 1
-    for size in shape:
-        product *= int(size)
-    return product
 
 
 def _size(num_bytes: int) -> str:

@@ -9,11 +9,11 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import accelerate
 import torch
-from accelerate.utils import DistributedType, recursively_apply
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,6 +27,8 @@ from pytorch_accelerated.tracking import RunCounters
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -106,7 +108,7 @@ def capture(trainer: Trainer, rows: list[dict[str, Any]] | None = None) -> Snaps
     tensors = weights.only_storable(all_weights)
     optimizer = raw_optimizer(trainer.optimizer)
     scaler = trainer.accelerator.scaler
-    modes = run.suspended.modes if run.suspended is not None else _modes_of(trainer)
+    modes = run.suspended.modes if run.suspended is not None else modes_of(trainer)
     state = {
         "model_extra": {name: value for name, value in all_weights.items() if name not in tensors},
         "in_eval_mode": [weights.clean_name(name) for name, is_training in modes.items() if not is_training],
@@ -152,12 +154,11 @@ def check_can_save(trainer: Trainer) -> None:
             "there is no training run whose state could be saved: call save_training_state from a callback or hook "
             "of a run, or after one. save_model saves the weights at any time."
         )
-    kind = trainer.accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if distributed.is_sharded(trainer.accelerator):
         raise CheckpointError(
-            f"under {kind.name} the state of the optimizer is spread over the processes, which this version cannot "
-            "save. save_model saves the weights; accelerator.save_state saves the rest, without the position in the "
-            "data."
+            f"under {trainer.accelerator.distributed_type.name} the state of the optimizer is spread over the "
+            "processes, which this version cannot save. save_model saves the weights; accelerator.save_state saves "
+            "the rest, without the position in the data."
         )
 
 
@@ -183,7 +184,8 @@ def _check_finite(model: nn.Module) -> None:
         )
 
 
-def _modes_of(trainer: Trainer) -> dict[str, bool]:
+def modes_of(trainer: Trainer) -> dict[str, bool]:
+    """Return for each module of the user's model, by name, whether it is in training mode."""
     return {name: module.training for name, module in trainer.get_model().named_modules()}
 
 
@@ -565,14 +567,22 @@ def save_state(trainer: Trainer, target: Path) -> Path:
             "where no run could go on to the same numbers. Call it in on_train_update_end or at the end of an epoch, "
             "or leave it to SaveTrainingStateCallback."
         )
-    snapshot = capture(trainer)
-
-    def write() -> None:
-        if snapshot is not None:  # it is on the main process, which alone is asked
-            snapshot.write(target)
-
-    distributed.on_main_process(trainer.accelerator, write, CheckpointError)
+    write_together(trainer, capture(trainer), lambda snapshot: snapshot.write(target))
     return target
+
+
+def write_together(trainer: Trainer, snapshot: Snapshot | None, write: Callable[[Snapshot], T]) -> T:
+    """Let the main process, which alone has a snapshot, write it; return what it returns on each process. Collective.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+
+    def call() -> T:
+        assert snapshot is not None, "the main process has captured it"
+        return write(snapshot)
+
+    return distributed.on_main_process(trainer.accelerator, call, CheckpointError)
 
 
 def load_state(trainer: Trainer, source: Path) -> None:

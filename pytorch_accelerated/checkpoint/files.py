@@ -86,7 +86,6 @@ class DurableFile:
     def __init__(self, path: Path, threads: ThreadPoolExecutor) -> None:
         """Create the file at ``path``; one of two ``threads`` hashes meanwhile, the other keeps the disk busy."""
         self.size = 0
-        self._path = path
         self._digest = hashlib.sha256()
         self._threads = threads
         self._hashing: Future[None] | None = None

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import DistributedType
 from safetensors import safe_open
 
 from pytorch_accelerated import distributed
@@ -22,12 +21,10 @@ MODEL_KEY, OPTIMIZER_KEY = "model_state_dict", "optimizer_state_dict"
 
 METADATA_KEY = "metadata"
 
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-
 
 def whole_weights(trainer: Trainer) -> dict[str, Any]:
     """Return the weights under the names of the user's module, put together where processes hold parts. Collective."""
-    if trainer.accelerator.distributed_type not in _SHARDED:
+    if not distributed.is_sharded(trainer.accelerator):
         return weights.weights_of(trainer.get_model())
     # The other processes get nothing, or a part.
     state: Mapping[str, Any] = trainer.accelerator.get_state_dict(trainer.model)
@@ -57,8 +54,8 @@ def save_portable(
             "choose another ending, such as .pt."
         )
     optimizer = raw_optimizer(trainer.optimizer)
-    has_optimizer = hasattr(optimizer, "state_dict")
-    if save_optimizer and (not has_optimizer or trainer.accelerator.distributed_type in _SHARDED):
+    has_optimizer = hasattr(optimizer, "state_dict") and not distributed.is_sharded(trainer.accelerator)
+    if save_optimizer and not has_optimizer:
         raise ValueError("save_optimizer=True, but the trainer has no optimizer yet, or one that is spread out.")
     values = whole_weights(trainer)
 
@@ -69,7 +66,7 @@ def save_portable(
         content = {MODEL_KEY: values, **(others or {})}
         if metadata is not None:
             content[METADATA_KEY] = dict(metadata)
-        if save_optimizer is not False and has_optimizer and trainer.accelerator.distributed_type not in _SHARDED:
+        if save_optimizer is not False and has_optimizer:
             content[OPTIMIZER_KEY] = optimizer.state_dict()
         weights.save_with_torch(path, content)
 
