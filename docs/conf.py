@@ -6,7 +6,7 @@ project = "pytorch_accelerated"
 copyright = "2026, the pytorch_accelerated team"
 release = version = __version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "performance_results.md"]  # the latter is a part of a page
 html_theme = "furo"
 html_title = f"pytorch_accelerated {__version__}"
 html_static_path = ["_static"]

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import multiprocessing
+import os
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from itertools import count, islice
 from typing import Any
 
@@ -19,13 +22,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
-from accelerate.utils import find_batch_size, send_to_device, slice_tensors
+from accelerate.utils import find_batch_size, recursively_apply, send_to_device, slice_tensors
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
     RandomSampler,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
 )
 
@@ -62,6 +66,12 @@ class ShardedDataLoader:
     limit: int | None = None
     """Steps after which an epoch ends; None for no limit."""
 
+    seconds_waiting: float | None = None
+    """Seconds in which the host waited for batches, without their way to the device.
+
+    None until a callback sets it to 0.0 at the beginning of an epoch, before which nothing is measured.
+    """
+
     def __init__(self, dataloader: Any, accelerator: Accelerator, seed: int) -> None:
         """Store what all kinds of loaders need: the loader as it was given, the processes, and the seed."""
         self.dataloader = dataloader
@@ -69,7 +79,7 @@ class ShardedDataLoader:
         self._seed = seed
         # Copies to the CPU are no copies, and the look through the batch costs as much as a small collate.
         self._places = accelerator.device.type != "cpu"
-        self._non_blocking = bool(getattr(dataloader, "pin_memory", False))
+        self._non_blocking = self._places and bool(getattr(dataloader, "pin_memory", False))
         self.num_samples = 0
         self.round_samples = 0
         self.has_samples = True
@@ -141,12 +151,17 @@ class ShardedDataLoader:
         start, self._start = self._start, 0
         if not start:
             self._origins, self._last_worker = {}, -1
-        for fetched in self._fetch(epoch, start):
+        fetches = self._fetch(epoch, start)
+        if self.seconds_waiting is not None:
+            fetches = self._timed(fetches)
+        if self._non_blocking and hasattr(torch.get_device_module(self._accelerator.device), "Stream"):
+            fetches = look_ahead(fetches, _Copies(self._accelerator.device))
+        for fetched in fetches:
             if fetched.origin is not None:
                 self._last_worker = fetched.origin.worker
                 self._origins[self._last_worker] = fetched.origin
             batch = fetched.batch
-            if self._places:
+            if self._places:  # what has been copied ahead is there already
                 batch = send_to_device(batch, self._accelerator.device, non_blocking=self._non_blocking)
             self.is_last = fetched.is_last
             self.has_samples = fetched.num_samples != 0
@@ -160,6 +175,16 @@ class ShardedDataLoader:
     def _fetch(self, epoch: int, start: int) -> Iterator[Fetched]:
         raise NotImplementedError
 
+    def _timed(self, fetches: Iterator[Fetched]) -> Iterator[Fetched]:
+        """Yield what ``fetches`` yields, and add up the seconds it takes to."""
+        while True:
+            start = time.perf_counter()
+            fetched = next(fetches, None)
+            self.seconds_waiting = (self.seconds_waiting or 0.0) + time.perf_counter() - start
+            if fetched is None:
+                return
+            yield fetched
+
     def _count(self, batch: Any) -> None:
         """Count the samples in a batch that the dataset or a foreign loader made."""
         self.num_samples = (find_batch_size(batch) or 1) if self.has_samples else 0
@@ -168,6 +193,54 @@ class ShardedDataLoader:
             # Collective: nobody but the loader knows how large its batches are.
             samples = torch.tensor(self.num_samples, device=self._accelerator.device)
             self.round_samples = int(self._accelerator.reduce(samples).item())  # waits: the counters live on the host
+
+
+class _Copies:
+    """Copy batches to a device on a stream of their own, while it computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._module: Any = torch.get_device_module(device)
+        self._stream = self._module.Stream(device)
+
+    def begin(self, fetched: Fetched) -> Fetched:
+        """Queue the copy of a batch in pinned memory."""
+        with self._module.stream(self._stream):
+            return fetched._replace(batch=send_to_device(fetched.batch, self._device, non_blocking=True))
+
+    def end(self, fetched: Fetched) -> None:
+        """Let the computation wait for the copies queued so far; the host does not."""
+        current = self._module.current_stream(self._device)
+        current.wait_stream(self._stream)
+        # The memory is the copying stream's: it must not be used again before the computation is through with it.
+        recursively_apply(lambda tensor: tensor.record_stream(current), fetched.batch)
+
+
+def look_ahead(fetches: Iterator[Fetched], copies: Any) -> Iterator[Fetched]:
+    """Yield batches on the device, the copy of the next one queued before each.
+
+    An error in making the next batch is raised when it is its turn.
+
+    Args:
+        fetches: batches on the host.
+        copies: ``begin`` returns what was fetched with its copy on the way; ``end`` makes the copy good to use.
+    """
+    upcoming = next(fetches, None)
+    if upcoming is not None:
+        upcoming = copies.begin(upcoming)
+    while upcoming is not None:
+        fetched, upcoming = upcoming, None
+        copies.end(fetched)  # before the next copy is queued, which it must not wait for
+        failure: Exception | None = None
+        try:
+            upcoming = next(fetches, None)
+            if upcoming is not None:
+                upcoming = copies.begin(upcoming)
+        except Exception as error:
+            failure = error
+        yield fetched
+        if failure is not None:
+            raise failure
 
 
 class _KeyedLoader(ShardedDataLoader):
@@ -188,6 +261,7 @@ class _KeyedLoader(ShardedDataLoader):
         # A private generator: torch draws the base seed of the workers from it, and from the global stream without it.
         self._generator = torch.Generator()
         self.knows_sizes = dataloader.batch_sampler is not None or dataloader.batch_size is not None
+        self._attributes: dict[str, Any] = {}  # of the dataset, when the workers that persist were started
         self._sampler: RoundSampler | None = None
         self._stream: RoundStream | None = None
         if isinstance(dataloader.dataset, IterableDataset):
@@ -197,7 +271,7 @@ class _KeyedLoader(ShardedDataLoader):
             )
         else:
             makes_batches = dataloader.batch_sampler is None
-            dataset = KeyedDataset(dataloader.dataset, dataloader.collate_fn, makes_batches)
+            dataset = KeyedDataset(dataloader.dataset, dataloader.collate_fn, makes_batches, seed)
             self._sampler = RoundSampler(dataloader, seed, *processes)
             # Tensors of indices are quick to index with and slow to send to a worker.
             self._sampler.as_tensor = dataset.is_in_memory and dataloader.num_workers == 0
@@ -259,18 +333,25 @@ class _KeyedLoader(ShardedDataLoader):
 
     def _fetch(self, epoch: int, start: int) -> Iterator[Fetched]:
         self._generator.manual_seed(mix(self._seed, "workers", epoch))
+        # Where there is nothing else for it to do, torch's loader takes as long as a small model's forward pass.
+        is_direct = not self._loader.num_workers and not self._loader.pin_memory
         if self._sampler is not None:
             self._sampler.epoch = epoch
             self._sampler.limit = self.limit
             self._sampler.start = start
-            yield from self._iterate_loader()
-        else:
-            assert self._stream is not None
-            self._stream.epoch.fill_(epoch)
-            with closing(self._iterate_loader()) as batches:
-                yield from _mark_last(batches, self.limit, start)
+            dataset: Any = self._loader.dataset
+            return map(dataset.__getitems__, self._sampler) if is_direct else self._iterate_loader()
+        assert self._stream is not None
+        self._stream.epoch.fill_(epoch)
+        return _mark_last(self._stream if is_direct else self._iterate_loader(), self.limit, start)
 
     def _iterate_loader(self) -> Generator[Fetched, None, None]:
+        if self._loader.persistent_workers:
+            # Workers have the dataset as it was when they started. Where attributes have changed since, others start.
+            attributes = _attributes_of(self.dataloader.dataset)
+            known, self._attributes = self._attributes, attributes
+            if known.keys() != attributes.keys() or any(known[name] is not attributes[name] for name in known):
+                self._loader._iterator = None
         with signals_held_back() if self._loader.num_workers else nullcontext():
             iterator: Any = iter(self._loader)
         workers = list(getattr(iterator, "_workers", []))
@@ -472,6 +553,56 @@ def common_batch_size(loaders: Iterable[ShardedDataLoader]) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def default_arguments(dataset: Any, accelerator: Accelerator, batch_size: int) -> dict[str, Any]:
+    """Return the arguments of a DataLoader that the user's are laid over.
+
+    On an accelerator, memory is pinned, so that copies overlap with computation, and there are workers that stay from
+    epoch to epoch, as many as ``choose_num_workers`` says.
+
+    Args:
+        dataset: the dataset.
+        accelerator: the processes and the device.
+        batch_size: samples in a batch of one process.
+    """
+    num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    num_workers = choose_num_workers(dataset, accelerator.device, num_local_processes)
+    return {
+        "batch_size": int(batch_size),
+        "pin_memory": accelerator.device.type == "cuda",
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+    }
+
+
+def choose_num_workers(dataset: Any, device: torch.device, num_local_processes: int) -> int:
+    """Return how many workers should make batches where the user does not say.
+
+    None on the CPU, whose cores have the model to compute; for tensors in memory, which are fetched a batch at a time;
+    for iterable datasets, which each worker would read from the beginning; for datasets that hold tensors on a device,
+    which forked processes cannot use; and where processes are not forked, as the script may not be made for that. Else
+    all cores but one that this process has, at most 8.
+
+    Args:
+        dataset: the dataset.
+        device: what the model computes on.
+        num_local_processes: processes on this machine.
+    """
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if (
+        device.type == "cpu"
+        or method != "fork"
+        or isinstance(dataset, TensorDataset | IterableDataset)
+        or any(isinstance(value, Tensor) and value.device.type != "cpu" for value in _attributes_of(dataset).values())
+    ):
+        return 0
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, num_cores // num_local_processes - 1))
+
+
+def _attributes_of(dataset: Any) -> dict[str, Any]:
+    return dict(getattr(dataset, "__dict__", {}))
+
+
 def create_dataloader(
     dataset: Any,
     collate_fn: Callable[[Any], Any] | None,
@@ -526,6 +657,8 @@ def create_dataloader(
     excluded = {"shuffle"} if is_stream or arguments.get("sampler") is not None else set()
     if arguments.get("batch_sampler") is not None:
         excluded |= {"batch_size", "shuffle", "sampler", "drop_last"}
+    if not kwargs.get("num_workers"):
+        excluded |= {"persistent_workers"}  # torch refuses it
     for name in excluded - set(arguments):
         kwargs.pop(name, None)
     return DataLoader(dataset, **kwargs)

@@ -35,8 +35,9 @@ from torch.utils.data import (
     default_collate,
     get_worker_info,
 )
+from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
-from pytorch_accelerated.randomness import OwnStreams, chunks, mix, seeded, states_of
+from pytorch_accelerated.randomness import OwnStreams, SeededCalls, chunks, mix, seeded, states_of
 from pytorch_accelerated.signals import WATCHED
 
 
@@ -44,7 +45,7 @@ class Deal(NamedTuple):
     """What one process fetches in one round."""
 
     indices: Any  # list or tensor of indices into the dataset; of repeated samples where num_samples is 0
-    seed: int  # of the randomness while fetching
+    position: int  # of the batch in the epoch, over all processes
     epoch: int
     num_samples: int | None  # of this process; None if the dataset makes whole batches
     round_samples: int | None  # of all processes
@@ -239,6 +240,7 @@ class RoundSampler:
         }
 
     def __iter__(self) -> Iterator[Deal]:
+        # A generator: torch's loader asks for two where there are workers, and uses the second.
         start, self.start = self.start, 0
         if self.limit is not None and start >= self.limit:
             return
@@ -248,7 +250,11 @@ class RoundSampler:
                 sampler.set_epoch(self.epoch)
         order = self._known_order()
         self._states = states_of(self.parts) if order is None else None
-        rounds = self._drawn(start) if order is None else self._slices(order, start)
+        yield from self._dealt(start) if order is None else self._slices(order, start)
+
+    def _dealt(self, start: int) -> Iterator[Deal]:
+        """Yield this process's part of each round from round ``start`` on, as the user's sampler draws them."""
+        rounds = self._drawn(start)
         upcoming = next(rounds, None)
         for number in count(start):
             if upcoming is None:
@@ -262,29 +268,44 @@ class RoundSampler:
     def _deal(self, drawn: Any, number: int, is_last: bool) -> Deal:
         """Return this process's part of round ``number``, for which the sampler has ``drawn`` indices or batches."""
         process, num_processes = self._process, self._num_processes
-        seed = mix(self._seed, "batch", self.epoch, number * num_processes + process)
+        position = number * num_processes + process
         if self.batch_sampler is None:  # an index stands for a whole batch
             has_own = process < len(drawn)
             own = [drawn[process if has_own else 0]]
-            return Deal(own, seed, self.epoch, None if has_own else 0, None, is_last)
+            return Deal(own, position, self.epoch, None if has_own else 0, None, is_last)
+        indices = drawn
         if self.batch_size is None:  # batches of any size
             indices = [index for batch in drawn for index in batch]
-            is_full = len(drawn) == num_processes
-            own = drawn[process] if is_full else indices[_share(len(indices), None, process, num_processes)]
+        if self.batch_size is None and len(drawn) == num_processes:
+            own = drawn[process]
         else:
-            indices = drawn
             own = indices[_share(len(indices), self.batch_size, process, num_processes)]
         num_own = len(own)
-        return Deal(own if num_own else indices[:1], seed, self.epoch, num_own, len(indices), is_last)
+        return Deal(own if num_own else indices[:1], position, self.epoch, num_own, len(indices), is_last)
 
-    def _slices(self, order: Tensor, start: int) -> Iterator[Any]:
-        """Yield the indices of each round from round ``start`` on, a list or tensor."""
+    def _slices(self, order: Tensor | range, start: int) -> Iterator[Deal]:
+        """Yield this process's part of each round from round ``start`` on, where the order of the epoch is known."""
         assert self.batch_size is not None
-        total = self.batch_size * self._num_processes
-        stop = len(order) - len(order) % total if self._drop_last else len(order)
-        for first in range(start * total, stop, total):
-            part = order[first : min(first + total, stop)]
-            yield part if self.as_tensor else part.tolist()  # waits for nothing: the order is made on the CPU
+        process, num_processes, size, epoch = self._process, self._num_processes, self.batch_size, self.epoch
+        total = size * num_processes
+        num_samples = len(order)
+        num_rounds = num_samples // total if self._drop_last else -(-num_samples // total)
+        if self.limit is not None:
+            num_rounds = min(num_rounds, self.limit)
+        for number in range(start, num_rounds):
+            first = number * total
+            num_in_round = min(total, num_samples - first)
+            begin, end = first + process * size, first + process * size + size
+            if num_in_round < total:
+                share = _share(num_in_round, None, process, num_processes)
+                begin, end = first + share.start, first + share.stop
+            num_own = end - begin
+            own: Any = order[begin:end] if num_own else order[first : first + 1]
+            if isinstance(own, range):
+                own = torch.arange(own.start, own.stop) if self.as_tensor else list(own)
+            elif not self.as_tensor:
+                own = own.tolist()  # waits for nothing: the order is made on the CPU
+            yield Deal(own, number * num_processes + process, epoch, num_own, num_in_round, number == num_rounds - 1)
 
     def _drawn(self, start: int) -> Iterator[Any]:
         """Yield what the user's sampler draws for each round: a list of indices, or of batches where these vary.
@@ -303,7 +324,7 @@ class RoundSampler:
         for number, drawn in enumerate(self._from_main(chunks(source, size, streams)), 1):
             if self._drop_last and len(drawn) < size:
                 return
-            digest.update("".join(f"{index}," for index in drawn).encode())
+            digest.update("".join(map("{},".format, drawn)).encode())
             self._digests.append((number, digest.hexdigest()))
             if number > start:
                 yield drawn
@@ -328,13 +349,13 @@ class RoundSampler:
             if len(received) < _ROUNDS_IN_A_MESSAGE:
                 return
 
-    def _known_order(self) -> Tensor | None:
-        """Return the order of the whole epoch where it is ours to say, as an int64 tensor."""
+    def _known_order(self) -> Tensor | range | None:
+        """Return the order of the whole epoch where it is ours to say."""
         sampler = self.sampler
         if self.batch_size is None:
             return None
         if type(sampler) is SequentialSampler:
-            return torch.arange(len(sampler))
+            return range(len(sampler))
         if (
             type(sampler) is RandomSampler
             and sampler.generator is None
@@ -342,29 +363,42 @@ class RoundSampler:
             and sampler.num_samples == len(sampler.data_source)
         ):
             generator = torch.Generator().manual_seed(mix(self._seed, "order", self.epoch))
-            return torch.randperm(len(sampler), generator=generator)
+            # The same order in either type, and half of the memory.
+            dtype = torch.int32 if len(sampler) < 2**31 else torch.int64
+            return torch.randperm(len(sampler), generator=generator, dtype=dtype)
         return None
 
 
 class KeyedDataset:
-    """Fetch and collate the samples of a deal, with randomness that is a function of the deal's seed."""
+    """Fetch and collate the samples of a deal, with randomness that is a function of seed, epoch and position."""
 
-    def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], makes_batches: bool) -> None:
+    def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], makes_batches: bool, seed: int) -> None:
         self.dataset = dataset
+        self._seed = seed
         self._collate_fn = collate_fn
         self._makes_batches = makes_batches
+        self._has_epochs = hasattr(dataset, "set_epoch")
+        self._calls = SeededCalls()
+        self._stacks = collate_fn is default_collate and default_collate_fn_map.get(Tensor) is collate_tensor_fn
         # In-memory tensors are indexed a batch at a time and draw no randomness.
         self.is_in_memory = type(dataset) is TensorDataset and collate_fn is default_collate and not makes_batches
 
     def __getitems__(self, deal: Deal) -> Fetched:
         if self.is_in_memory:
-            batch = [tensor[deal.indices] for tensor in self.dataset.tensors]
+            indices = deal.indices
+            if not isinstance(indices, Tensor):
+                indices = torch.tensor(indices)
+            batch = [
+                tensor.index_select(0, indices) if type(tensor) is Tensor else tensor[indices]
+                for tensor in self.dataset.tensors
+            ]
             return Fetched(batch, deal.num_samples, deal.round_samples, deal.is_last)
-        # Here and not in the main process: workers that persist keep a copy of the dataset.
-        tell_epoch(self.dataset, deal.epoch)
+        if self._has_epochs:
+            # Here and not in the main process: workers that persist keep a copy of the dataset.
+            tell_epoch(self.dataset, deal.epoch)
         try:
-            with seeded(deal.seed):
-                batch = self._collate_fn(self._samples(deal.indices))
+            seed = mix(self._seed, "batch", deal.epoch, deal.position)
+            batch = self._calls(seed, self._make_batch, deal.indices)
         except Exception as error:
             some, rest = list(deal.indices)[:16], len(deal.indices) - 16
             error.add_note(
@@ -373,12 +407,25 @@ class KeyedDataset:
             raise
         return Fetched(batch, deal.num_samples, deal.round_samples, deal.is_last)
 
-    def _samples(self, indices: Any) -> Any:
+    def _make_batch(self, indices: Any) -> Any:
+        dataset = self.dataset
         if self._makes_batches:
-            return self.dataset[indices[0]]
-        if getattr(self.dataset, "__getitems__", None):
-            return self.dataset.__getitems__(indices)
-        return [self.dataset[index] for index in indices]
+            return self._collate_fn(dataset[indices[0]])
+        if getattr(dataset, "__getitems__", None):
+            return self._collate_fn(dataset.__getitems__(indices))
+        rows = [dataset[index] for index in indices]
+        first = rows[0]
+        if (
+            self._stacks
+            and type(first) is tuple
+            and set(map(type, first)) == {Tensor}
+            and {value.layout for value in first} == {torch.strided}
+            and len(set(map(len, rows))) == 1
+            and get_worker_info() is None  # where batches go into shared memory
+        ):
+            # What torch's default does with tuples of tensors, without looking for what else they could be.
+            return [torch.stack(column) for column in zip(*rows, strict=True)]
+        return self._collate_fn(rows)
 
 
 _BEGINNING = (0, 0, 0, False, None)

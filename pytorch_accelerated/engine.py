@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 _NOTHING = nullcontext()
 
@@ -33,7 +34,9 @@ class Engine:
         self._accelerator = accelerator
         self._model: nn.Module | None = None
         self._optimizer: Any = None
+        self._given: Any = None  # the model before it was prepared: a wrapper of torch.compile, or the module itself
         self._forward: tuple[Any, Any] | None = None
+        self._scale = 0.0
         self._num_users = 0
         self._is_ddp = accelerator.distributed_type.name.startswith("MULTI_")
         self._trainable: set[int] = set()
@@ -57,7 +60,7 @@ class Engine:
         if optimizer is not None and (is_new_model or is_new_optimizer):
             _check_parameters(optimizer, model, others, self._accelerator.num_processes)
         if is_new_model:
-            self._forward = None
+            self._forward, self._given = None, model
         is_frozen = self._is_ddp and not _find_trainable(model)
         if is_new_model and is_new_optimizer and optimizer is not None and not is_frozen:
             model, optimizer = self._accelerator.prepare(model, optimizer)
@@ -78,6 +81,9 @@ class Engine:
             and not self._accelerator.has_lomo_optimizer
         )
         self.stepped_optimizer = raw_optimizer(optimizer) if self.is_plain else optimizer
+        self._forgets_gradients = (
+            self.is_plain and getattr(type(self.stepped_optimizer), "zero_grad", None) is Optimizer.zero_grad
+        )
         if self._num_users == 0:
             self._take_forward()
         return self.follow_freezing(), optimizer
@@ -125,6 +131,7 @@ class Engine:
             models = self._accelerator._models
             models[:] = [other for other in models if other is not wrapper and other is not module]
             self._trainable = _find_trainable(module)
+            self._given = module
             self._model = self._accelerator.prepare_model(module, evaluation_mode=not self._trainable)
             if self._num_users == 0:
                 self._take_forward()
@@ -163,6 +170,15 @@ class Engine:
         for gradient, mark in zip(gradients, marks, strict=True):
             gradient += mark
 
+    def zero_gradients(self) -> None:
+        """Set the gradients of the parameters that the optimizer moves to None."""
+        if not self._forgets_gradients:
+            self.stepped_optimizer.zero_grad()
+            return
+        # All that torch's own does, but for its label in profiles, which takes ten times as long.
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def choose_accumulation_steps(self, steps: int) -> int:
         """Return the steps in a window: those of the argument or, where that is 1, of Accelerate's settings.
 
@@ -186,6 +202,8 @@ class Engine:
             # The window is ours: Accelerate's backward divides by its own count, also where a window is shorter.
             self._accelerator.gradient_accumulation_steps = 1
             self._accelerator.sync_gradients = True
+            if self._accelerator.scaler is not None:
+                self._scale = self._accelerator.scaler.get_scale()  # waits for the device, once in a run
         self._num_users += 1
         try:
             yield
@@ -205,29 +223,43 @@ class Engine:
 
     def step_was_skipped(self) -> bool:
         """Return whether the gradient scaler left the last optimizer step out."""
-        return not self.is_plain and bool(self._accelerator.optimizer_step_was_skipped)
+        scaler = self._accelerator.scaler
+        if scaler is not None and getattr(raw_optimizer(self._optimizer), "_step_supports_amp_scaling", False):
+            # A fused optimizer is called in any case and leaves the step out by itself, which Accelerate does not
+            # notice (accelerate#4242); remove when it does. Waits for the device, as torch's scaler does for others.
+            before, self._scale = self._scale, scaler.get_scale()
+            return self._scale < before
+        return bool(self._accelerator.optimizer_step_was_skipped)
 
     def _put_forward(self) -> None:
         """Put the forward that Accelerate made for mixed precision back on the module."""
         if self._forward is not None:
-            module: Any = self._unwrapped()
-            module.forward, module._original_forward = self._forward
+            self._given.forward, vars(self._unwrapped())["_original_forward"] = self._forward
 
     def _take_forward(self) -> None:
         """Take Accelerate's forward off the module, which between runs is the user's own to copy, save and call."""
-        module = self._unwrapped()
+        # A wrapper of torch.compile has a forward of its own, and passes all other attributes on to its module.
+        holder, module = self._given, self._unwrapped()
         attributes = vars(module)
         if "_original_forward" in attributes:
-            self._forward = attributes.pop("forward"), attributes.pop("_original_forward")
+            self._forward = vars(holder).pop("forward"), attributes.pop("_original_forward")
             # The mark that keeps Accelerate from wrapping twice; the module is not wrapped any more.
             attributes.pop("_is_accelerate_prepared", None)
             original = self._forward[1]
-            if getattr(original, "__func__", None) is not type(module).forward:
-                attributes["forward"] = original  # the user had put one on the module before
+            if getattr(original, "__func__", None) is not type(holder).forward:
+                vars(holder)["forward"] = original  # it had one before, from the user or from torch.compile
 
     def _unwrapped(self) -> nn.Module:
-        module: nn.Module = self._accelerator.unwrap_model(self._model, keep_torch_compile=False)
-        return module
+        assert self._model is not None, "prepare has been called"
+        return unwrapped(self._accelerator, self._model)
+
+
+def unwrapped(accelerator: Accelerator, model: nn.Module, keep_torch_compile: bool = False) -> nn.Module:
+    """Return the user's module from inside the wrappers of Accelerate and, if wanted, of torch.compile."""
+    module: nn.Module = accelerator.unwrap_model(model, keep_torch_compile=keep_torch_compile)
+    # Accelerate leaves a torch.compile of the user's that is inside of another wrapper.
+    compiled = None if keep_torch_compile else module._modules.get("_orig_mod")
+    return module if compiled is None else compiled
 
 
 def raw_optimizer(optimizer: Any) -> Any:

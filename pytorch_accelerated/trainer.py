@@ -31,7 +31,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,7 +45,7 @@ from pytorch_accelerated.callbacks import DEFAULT_CALLBACKS, CallbackHandler, Tr
 from pytorch_accelerated.callbacks.base import ACCEPTED_SPELLINGS, EVENTS
 from pytorch_accelerated.callbacks.limits import limit_from_environment
 from pytorch_accelerated.callbacks.saving import save_directories
-from pytorch_accelerated.engine import Engine, raw_optimizer
+from pytorch_accelerated.engine import Engine, raw_optimizer, unwrapped
 from pytorch_accelerated.errors import StopTrainingError, refuse_near_misses
 from pytorch_accelerated.passes import (
     BatchOutput,
@@ -62,6 +62,7 @@ from pytorch_accelerated.run_config import (
     check_trainer_arguments,
     resolve_placeholders,
 )
+from pytorch_accelerated.syncs import SyncAudit
 from pytorch_accelerated.tracking import RunHistory
 
 if TYPE_CHECKING:
@@ -417,7 +418,7 @@ class Trainer:
         is_over = run.is_epoch_exhausted or run.is_out_of_updates(counters)  # after an interruption
         with contextlib.closing(data_pass.iterate(counters.current_epoch)) as batches:
             for batch in batches if not is_over else ():
-                is_update = window.begin_step(loader.is_last)
+                is_update = window.is_one_batch or window.begin_step(loader.is_last)
                 with self._engine.gradient_sync(is_update, accumulation_steps):
                     self._event("on_train_step_begin")
                     batch_output = self._account(batch, self.calculate_train_batch_loss(batch))
@@ -426,7 +427,8 @@ class Trainer:
                 counters.num_steps += 1
                 counters.num_samples += loader.round_samples
                 if is_update:
-                    window.close(self._engine.parameters)
+                    if not window.is_one_batch:
+                        window.close(self._engine.parameters)
                     self.clip_gradients()
                     self._event("on_optimizer_step_begin")
                     if not self.update_is_skipped:
@@ -437,7 +439,8 @@ class Trainer:
                     run.num_steps_in_epoch, run.is_epoch_exhausted = data_pass.step + 1, loader.is_last
                     if is_applied:
                         self._event("on_train_update_end")
-                        self._run_pending_evaluation()
+                        if run.pending_evaluation is not None:
+                            self._run_pending_evaluation()
                     if run.is_out_of_updates(counters):
                         break
         self._engine.refuse_freezing_within_epoch()
@@ -549,12 +552,16 @@ class Trainer:
         return data.create_dataloader(self.predict_dataset, self.collate_fn, defaults, predict_dl_kwargs or {})
 
     def get_default_train_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
-        """Return the arguments of the training DataLoader that the user's are laid over."""
-        return {"batch_size": int(batch_size), "shuffle": True, "pin_memory": self.device.type == "cuda"}
+        """Return the arguments of the training DataLoader that the user's are laid over.
+
+        The default shuffles; the rest goes by device and dataset, see ``data.default_arguments``.
+        """
+        return {**data.default_arguments(self.train_dataset, self.accelerator, batch_size), "shuffle": True}
 
     def get_default_eval_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
         """Return the arguments of the evaluation and prediction DataLoaders that the user's are laid over."""
-        return {"batch_size": int(batch_size), "shuffle": False, "pin_memory": self.device.type == "cuda"}
+        dataset = self.eval_dataset if self.predict_dataset is None else self.predict_dataset
+        return {**data.default_arguments(dataset, self.accelerator, batch_size), "shuffle": False}
 
     def create_scheduler(self) -> Any:
         """Return the learning rate scheduler, or None; called when training begins, once ``self.run_config`` is there.
@@ -576,8 +583,8 @@ class Trainer:
     def train_epoch_start(self) -> None:
         """Act when a pass over the training data begins.
 
-        The default puts the model in training mode if it is in evaluation mode; single modules that were put in
-        evaluation mode inside a model in training mode, such as frozen batch norms, stay there.
+        The default puts the model in training mode if it is not; modules put in evaluation mode inside a model in
+        training mode, such as frozen batch norms, stay there.
         """
         if not self.model.training:
             self.model.train()
@@ -636,7 +643,7 @@ class Trainer:
 
     def optimizer_zero_grad(self) -> None:
         """Forget the gradients; called once per update. The default sets them to None."""
-        self._engine.stepped_optimizer.zero_grad()
+        self._engine.zero_gradients()
 
     def train_epoch_end(self) -> None:
         """Act when a pass over the training data is over: its metrics are in the history. The default does nothing."""
@@ -853,8 +860,7 @@ class Trainer:
 
     def get_model(self, keep_torch_compile: bool = False) -> nn.Module:
         """Return the model without the wrappers of Accelerate and, unless ``keep_torch_compile``, of torch.compile."""
-        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=keep_torch_compile)
-        return model
+        return unwrapped(self.accelerator, self.model, keep_torch_compile)
 
     def gather(self, tensor: Any, padding_value: float | None = None) -> Any:
         """Return the rows of ``tensor`` of all processes, joined in their order, on every process.
@@ -880,6 +886,17 @@ class Trainer:
         others = [value for value in vars(self).values() if isinstance(value, nn.Module) and value is not self.model]
         self.model, self.optimizer = self._engine.prepare(self.model, self.optimizer, others)
 
+    @contextlib.contextmanager
+    def audit_syncs(self) -> Iterator[SyncAudit]:
+        """Find where code waits for the device inside the block, and print the places in the user's own.
+
+        Run a few steps in it: ``with trainer.audit_syncs(): trainer.train(...)``. It yields a ``SyncAudit``, which says
+        what counts, and has the places in the library and the optimizer, too.
+        """
+        with SyncAudit(self.device) as audit:
+            yield audit
+        self.print(audit)
+
     def skip_update(self) -> None:
         """Leave out the update about to be made; call it in ``on_optimizer_step_begin``, on every process alike."""
         self.update_is_skipped = True
@@ -889,7 +906,8 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _event(self, event: str, **kwargs: Any) -> None:
-        self.callback_handler.call_event(event, self, **kwargs)
+        for listener in self.callback_handler.listeners[event]:
+            listener(self, **kwargs)
 
     def _account(self, batch: Any, output: BatchOutput | Tensor) -> BatchOutput:
         """Add a batch to the sums of its pass, note what its loss weighs, and return the completed output."""
@@ -903,7 +921,8 @@ class Trainer:
     def _count_update(self) -> bool:
         """Count the update, made or skipped, and return whether the weights have changed."""
         is_skipped, self.update_is_skipped = self.update_is_skipped, False
-        is_skipped = is_skipped or self._engine.step_was_skipped()
+        if not (self._engine.is_plain or is_skipped):
+            is_skipped = self._engine.step_was_skipped()
         if is_skipped:
             self.run_history.counters.num_skipped_updates += 1
         else:

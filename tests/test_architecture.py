@@ -27,7 +27,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each line may import from the lines above it.
 LAYERS = [
-    {"_version", "errors", "randomness", "signals"},
+    {"_version", "errors", "randomness", "signals", "syncs"},
     {"dealing"},
     {"run_config", "tracking", "data", "distributed", "engine", "finetuning"},
     {"passes", "schedulers"},

@@ -115,7 +115,7 @@ def test_a_subclass_may_have_events_of_its_own() -> None:
 
 def test_events_without_a_listener_call_nothing() -> None:
     handler = CallbackHandler([TrainerCallback(), recorder(["on_init_end"])])
-    assert {event for event, listeners in handler._listeners.items() if listeners} == {"on_init_end"}
+    assert {event for event, listeners in handler.listeners.items() if listeners} == {"on_init_end"}
 
 
 def test_a_missing_attribute_inside_a_callback_is_an_error() -> None:

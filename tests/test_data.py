@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from itertools import product, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,11 +23,20 @@ from torch.utils.data import (
     RandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
+    get_worker_info,
 )
 
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import LambdaCallback
-from pytorch_accelerated.data import create_dataloader, describe, shard_dataloader
+from pytorch_accelerated.data import (
+    choose_num_workers,
+    create_dataloader,
+    default_arguments,
+    describe,
+    look_ahead,
+    shard_dataloader,
+)
 from pytorch_accelerated.randomness import mix
 from tests.support import PlainDataset, Stream, assert_equal_weights, make_data, make_mlp, run_processes, weights_of
 
@@ -609,3 +620,215 @@ def test_predict_refuses_loaders_that_shuffle() -> None:
             trainer.predict(DataLoader(data, **arguments))
     with pytest.raises(ValueError, match="its DataLoader shuffles"):
         trainer.predict(data, dataloader_kwargs={"sampler": RandomSampler(data)})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Batches ahead, workers, and batches to the bit
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Copies:
+    """Notes what is done with the batches, which are numbers; the copy of a number is a tuple of it."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.log: list[tuple[str, int]] = []
+        self._fails_at = fails_at
+
+    def begin(self, number: Any) -> Any:
+        self.log.append(("begin", number))
+        if number == self._fails_at:
+            raise MemoryError(number)
+        return (number,)
+
+    def end(self, copied: Any) -> None:
+        [number] = copied
+        self.log.append(("end", number))
+
+    def use(self, copied: Any) -> None:
+        [number] = copied
+        self.log.append(("use", number))
+
+    def make(self, size: int, fails: bool = False) -> Iterator[Any]:
+        for number in range(size):
+            self.log.append(("make", number))
+            yield number
+        if fails:
+            raise ZeroDivisionError(size)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 5])
+def test_the_copy_of_the_next_batch_is_on_its_way_before_a_batch_is_used(size: int) -> None:
+    copies = Copies()
+    for copied in look_ahead(copies.make(size), copies):
+        copies.use(copied)
+    expected = [("make", 0), ("begin", 0)] if size else []
+    for number in range(size):
+        expected.append(("end", number))
+        if number + 1 < size:
+            expected += [("make", number + 1), ("begin", number + 1)]
+        expected.append(("use", number))
+    assert copies.log == expected
+
+
+@pytest.mark.parametrize("what", ["making", "copying"])
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_an_error_in_a_batch_is_raised_when_those_before_it_have_been_used(number: int, what: str) -> None:
+    copies = Copies(number if what == "copying" else None)
+    batches = copies.make(number, fails=True) if what == "making" else copies.make(number + 3)
+    with pytest.raises(ZeroDivisionError if what == "making" else MemoryError) as raised:
+        for copied in look_ahead(batches, copies):
+            copies.use(copied)
+    assert raised.value.args == (number,)
+    assert [used for event, used in copies.log if event == "use"] == list(range(number))
+    assert not [made for event, made in copies.log if made > number]
+
+
+class OnDevice(PlainDataset):
+    """Holds a tensor elsewhere than on the CPU."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(make_data(3))
+        self.table = torch.zeros(2, device=device)
+
+
+def test_workers_are_chosen_where_they_help() -> None:
+    accelerator_device, cpu = torch.device("cuda"), torch.device("cpu")
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for num_processes in (1, 2, 4, 1000):
+        expected = max(0, min(8, num_cores // num_processes - 1))
+        for dataset in (Augmented(5), PlainDataset(make_data(5)), OnDevice("cpu"), [1, 2, 3]):
+            assert choose_num_workers(dataset, accelerator_device, num_processes) == expected
+            assert choose_num_workers(dataset, cpu, num_processes) == 0
+    for dataset in (make_data(5), Stream(make_data(5)), AugmentedStream(5), OnDevice("meta")):
+        assert choose_num_workers(dataset, accelerator_device, 1) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen on this system")
+def test_workers_leave_a_core_to_the_main_process() -> None:
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert choose_num_workers(Augmented(5), torch.device("cuda"), 1) == 0
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def test_on_the_cpu_there_are_no_workers_and_nothing_is_pinned() -> None:
+    arguments = default_arguments(Augmented(5), Accelerator(cpu=True), 4)
+    assert arguments == {"batch_size": 4, "pin_memory": False, "num_workers": 0, "persistent_workers": False}
+
+
+class Changeable(Dataset[Any]):
+    """Samples are the number of the worker's process and what an attribute says."""
+
+    def __init__(self) -> None:
+        self.stage = 1.0
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        assert get_worker_info() is not None
+        return torch.tensor([os.getpid(), self.stage], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_workers_that_persist_see_attributes_that_are_changed_between_epochs(changes: bool) -> None:
+    class Staged(Seen):
+        def train_epoch_start(self) -> None:
+            super().train_epoch_start()
+            if changes and self.current_epoch == 2:
+                self.train_dataset.stage = 2.0
+
+    model = Sum()
+    trainer = Staged(model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-30), callbacks=None)
+    arguments = {"num_workers": 2, "persistent_workers": True}
+    trainer.train(Changeable(), 3, per_device_batch_size=2, train_dataloader_kwargs=arguments)
+    workers, stages = [], []
+    for epoch in trainer.epochs:
+        numbers, values = torch.cat(epoch).T.tolist()
+        workers.append(set(numbers))
+        stages.append(set(values))
+    assert stages == ([{1.0}, {2.0}, {2.0}] if changes else [{1.0}] * 3)
+    assert [len(numbers) for numbers in workers] == [2, 2, 2] and os.getpid() not in workers[0]
+    assert workers[1] == workers[2]
+    assert not workers[0] & workers[1] if changes else workers[0] == workers[1]
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: Any
+
+
+class Marked(torch.Tensor):
+    """A tensor of a type of its own."""
+
+
+def row(index: int) -> torch.Tensor:
+    return torch.randn(3, generator=torch.Generator().manual_seed(index))
+
+
+ROWS: dict[str, Callable[[int], Any]] = {
+    "tuples of tensors": lambda i: (row(i), torch.tensor(i)),
+    "tuples of one": lambda i: (row(i),),
+    "empty tuples": lambda i: (),
+    "tensors": row,
+    "mixed": lambda i: (row(i), i),
+    "a tensor, then a number": lambda i: (row(i), torch.tensor(i) if i % 2 == 0 else i),
+    "a number, then a tensor": lambda i: (row(i), torch.tensor(i) if i % 2 else i),
+    "a tensor, then an array": lambda i: (row(i) if i % 2 == 0 else row(i).numpy(),),
+    "floats and words": lambda i: (row(i), i / 7, str(i), None if i > 90 else True),
+    "arrays": lambda i: (row(i).numpy(), np.float32(i)),
+    "lists": lambda i: [row(i), torch.tensor(i)],
+    "a tuple, then a list": lambda i: (row(i), row(i)) if i % 2 == 0 else [row(i), row(i)],
+    "dicts": lambda i: {"x": row(i), "y": i},
+    "nested": lambda i: ({"x": row(i)}, (row(i), [i])),
+    "named tuples": lambda i: Pair(row(i), i),
+    "named tuples of tensors": lambda i: Pair(row(i), row(i + 1)),
+    "a tuple, then a named tuple": lambda i: (row(i), row(i)) if i % 2 == 0 else Pair(row(i), row(i)),
+    "a subclass": lambda i: (row(i).as_subclass(Marked), torch.tensor(i)),
+    "a tensor, then a subclass": lambda i: (row(i) if i % 2 == 0 else row(i).as_subclass(Marked),),
+    "parameters": lambda i: (nn.Parameter(row(i)), row(i)),
+    "with gradient": lambda i: (row(i).requires_grad_(), row(i)),
+    "other types of numbers": lambda i: (row(i) if i % 2 == 0 else row(i).double(),),
+    "half": lambda i: (row(i).bfloat16(), row(i) > 0),
+    "different lengths": lambda i: (row(i),) * (1 + i % 2),
+    "different lengths, the longer first": lambda i: (row(i),) * (2 - i % 2),
+    "different shapes": lambda i: (torch.zeros(1 + i),),
+    "a tuple, then a number": lambda i: (row(i),) if i % 2 == 0 else i,
+    "sparse": lambda i: (row(i).to_sparse(), row(i)),
+    "things": lambda i: (row(i), object()),
+}
+
+
+def outcome(make: Callable[[], Any]) -> Any:
+    """Return what ``make`` returns, or the type of the error it raises."""
+    try:
+        return make()
+    except Exception as error:
+        return type(error)
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """Check that two batches are the same to the bit, and of the same types."""
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert (first.dtype, first.shape, first.requires_grad) == (second.dtype, second.shape, second.requires_grad)
+        assert torch.equal(first.as_subclass(torch.Tensor), second.as_subclass(torch.Tensor))
+    elif isinstance(first, dict):
+        assert_same(list(first.items()), list(second.items()))
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+    else:
+        assert first == second
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_batches_are_those_of_torchs_default_to_the_bit(kind: str) -> None:
+    rows = [ROWS[kind](index) for index in range(5)]
+    loader = shard_dataloader(DataLoader(PlainDataset(rows), batch_size=3), Accelerator(cpu=True), 0)
+    expected = outcome(lambda: [default_collate(rows[:3]), default_collate(rows[3:])])
+    for _ in range(2):
+        assert_same(outcome(lambda: list(loader.iterate(0))), expected)

@@ -12,11 +12,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
+from torch.utils.data import TensorDataset
 
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import LambdaCallback, TerminateOnNaNCallback
+from pytorch_accelerated.data import shard_dataloader
+from pytorch_accelerated.errors import BatchError
 from pytorch_accelerated.finetuning import ModelFreezer
+from pytorch_accelerated.passes import DataPass, _is_same_device
 from tests.support import assert_equal_weights, make_data, make_mlp, relative_error, run_processes, weights_of
 
 SGD_01 = partial(SGD, lr=0.1)
@@ -308,3 +312,169 @@ def _note_exchanges() -> list[bool]:
 
 def test_processes_exchange_gradients_once_per_update() -> None:
     assert run_processes(_note_exchanges, 2) == [[False, False, True, False, True]] * 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# torch.compile
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _train_compiled_in_bf16(way: str) -> dict[str, Any]:
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    module = make_mlp()
+    model: Any = module
+    if way == "wrapped":
+        model = torch.compile(module, backend="eager")
+    elif way == "in place":
+        module.compile(backend="eager")
+    inputs = torch.ones(2, 4)
+    before = model(inputs)
+    trainer = make_trainer(model, SGD_01, accelerator=accelerator, seed=1)
+    found: dict[str, Any] = {"before": before.dtype, "after": [], "weights": [], "losses": []}
+    for _ in range(2):
+        trainer.train(make_data(24), 2, make_data(8), per_device_batch_size=4)
+        found["weights"].append(weights_of(trainer))
+        with torch.no_grad():
+            outputs, plain = model(inputs), copy.deepcopy(module[3])(module[1](module[0](inputs)))
+        found["after"].append((outputs.dtype, torch.equal(outputs, plain)))
+        found["losses"] += trainer.run_history.get_metric_values("train_loss_epoch")
+    assert trainer.get_model() is module
+    assert trainer.get_model(keep_torch_compile=True) is model
+    found["predicted"] = trainer.predict(make_data(4)).dtype
+    found["own output"] = model(inputs).dtype
+    return found
+
+
+def _train_compiled_in_three_ways() -> dict[str, Any]:
+    from accelerate.state import AcceleratorState
+
+    found = {}
+    for way in ("not compiled", "in place", "wrapped"):
+        AcceleratorState._reset_state(reset_partial_state=False)
+        found[way] = _train_compiled_in_bf16(way)
+    return found
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_a_compiled_model_trains_in_bf16_and_is_left_in_the_users_precision(num_processes: int) -> None:
+    for found in run_processes(_train_compiled_in_three_ways, num_processes):
+        for result in found.values():
+            assert result["before"] == result["own output"] == result["predicted"] == torch.float32
+            assert result["after"] == [(torch.float32, True)] * 2  # to the bit, so without autocast
+        wrapped, in_place, plain = found["wrapped"], found["in place"], found["not compiled"]
+        for number in range(2):
+            assert_equal_weights(wrapped["weights"][number], in_place["weights"][number])
+            assert relative_error(wrapped["weights"][number], plain["weights"][number]) < 1e-3
+        assert relative_error(wrapped["weights"][1], wrapped["weights"][0]) > 1e-3
+        assert wrapped["losses"] == in_place["losses"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A gradient scaler, which torch has for the CPU as well
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class CountedSchedule:
+    """Lets the learning rate be, and counts."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.num_steps = 0
+
+    def step(self) -> None:
+        self.num_steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_steps": self.num_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.num_steps = state_dict["num_steps"]
+
+
+OPTIMIZERS = {
+    "SGD": SGD_01,
+    "fused AdamW": partial(AdamW, lr=0.01, fused=True),
+    "AdamW": partial(AdamW, lr=0.01, fused=False),
+}
+
+
+@pytest.mark.parametrize("bad", [[], [2], [0], [5], [1, 2]])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_that_the_scaler_leaves_out_is_counted_and_the_schedule_waits(name: str, bad: list[int]) -> None:
+    num_batches, size = 6, 4
+    inputs, targets = make_data(num_batches * size).tensors
+    weights = torch.ones(num_batches * size)
+    weights[[batch * size + 1 for batch in bad]] = float("inf")
+
+    class Marking(Trainer):
+        def calculate_train_batch_loss(self, batch: Any) -> Tensor:
+            inputs, targets, weights = batch
+            losses = nn.functional.cross_entropy(self.model(inputs), targets, reduction="none")
+            return (losses * weights).mean()
+
+    def train(indices: list[int], scale: float | None) -> tuple[Trainer, list[int]]:
+        accelerator = Accelerator(cpu=True)
+        if scale is not None:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        updates: list[int] = []
+        note = LambdaCallback(on_train_update_end=lambda trainer, **_: updates.append(trainer.num_steps))
+        trainer = Marking(make_mlp(), None, OPTIMIZERS[name], [note], accelerator=accelerator)
+        rows = [batch * size + row for batch in indices for row in range(size)]
+        trainer.train(
+            TensorDataset(inputs[rows], targets[rows], weights[rows]),
+            1,
+            per_device_batch_size=size,
+            train_dataloader_kwargs={"shuffle": False},
+            create_scheduler_fn=CountedSchedule,
+        )
+        return trainer, updates
+
+    trainer, updates = train(list(range(num_batches)), 2.0**10)
+    good = [batch for batch in range(num_batches) if batch not in bad]
+    assert trainer.num_skipped_updates == len(bad)
+    assert trainer.num_updates == trainer.scheduler.num_steps == len(good)
+    assert trainer.num_steps == num_batches
+    assert updates == [batch + 1 for batch in good]
+    assert trainer.accelerator.scaler.get_scale() == 2.0 ** (10 - len(bad))
+    # What was left out has moved nothing: the scales are powers of 2, which change no digit.
+    alone, _ = train(good, None)
+    assert relative_error(weights_of(trainer), weights_of(alone)) < 1e-6
+    assert all(value.isfinite().all() for value in weights_of(trainer).values())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Devices
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ("cuda", "cuda:0", True),
+        ("cuda:1", "cuda:1", True),
+        ("cuda:0", "cuda:1", False),
+        ("cpu", "cpu:0", True),
+        ("cpu:0", "cpu:1", True),
+        ("cuda", "cpu", False),
+        ("cuda:0", "cpu:0", False),
+        ("mps", "mps:0", True),
+        ("meta", "cpu", False),
+    ],
+)
+def test_devices_are_the_same_whether_their_number_is_said_or_not(one: str, other: str, is_same: bool) -> None:
+    assert _is_same_device(torch.device(one), torch.device(other)) is is_same
+    assert _is_same_device(torch.device(other), torch.device(one)) is is_same
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", "meta"])
+def test_a_loss_must_be_on_the_device_of_the_run(device: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    loader = shard_dataloader(torch.utils.data.DataLoader(make_data(4), batch_size=2), accelerator, 0)
+    data_pass = DataPass("evaluating", loader, accelerator, None, None)
+    for _ in data_pass.iterate(0):
+        loss = torch.tensor(2.0, device=torch.device(device))
+        if device == "meta":
+            with pytest.raises(BatchError, match="returned a loss on meta, but the run is on cpu"):
+                data_pass.account({"loss": loss})
+        else:
+            assert data_pass.account({"loss": loss}) == {"loss": loss, "batch_size": 2}
+    assert data_pass.mean_loss_so_far() == (None if device == "meta" else 2.0)

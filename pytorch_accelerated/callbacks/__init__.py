@@ -4,6 +4,7 @@ from pytorch_accelerated.callbacks.base import CallbackHandler, LambdaCallback, 
 from pytorch_accelerated.callbacks.evaluation import StepBasedEvaluationCallback
 from pytorch_accelerated.callbacks.limits import LimitBatches, LimitBatchesCallback, LimitEvalStepsCallback
 from pytorch_accelerated.callbacks.placement import MoveModulesToDeviceCallback
+from pytorch_accelerated.callbacks.profiling import ProfilerCallback, ThroughputCallback
 from pytorch_accelerated.callbacks.progress import LogMetricsCallback, PrintProgressCallback, ProgressBarCallback
 from pytorch_accelerated.callbacks.saving import (
     SaveBestModelCallback,
@@ -33,12 +34,14 @@ __all__ = [
     "LogMetricsCallback",
     "MoveModulesToDeviceCallback",
     "PrintProgressCallback",
+    "ProfilerCallback",
     "ProgressBarCallback",
     "SaveBestModelCallback",
     "SaveTrainingStateCallback",
     "StepBasedEvaluationCallback",
     "StopTrainingError",
     "TerminateOnNaNCallback",
+    "ThroughputCallback",
     "TrainerCallback",
     "WSDCheckpointCallback",
 ]

@@ -45,7 +45,8 @@ class TrainerCallback:
     order: int = 0
     """Callbacks of a lower order are called before those of a higher one, whatever their order in the list.
 
-    0 for all but those that save: the state they save must be the one after all others have heard the event.
+    0 for all but those that save, as the state they save must be the one after all others have heard the event, and
+    one whose values those that print the history are to find.
     """
 
     def on_init_end(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -153,7 +154,8 @@ class CallbackHandler:
             ValueError: if a callback has an ``on_*`` method for which there is no event.
         """
         self.callbacks: list[TrainerCallback] = []
-        self._listeners: dict[str, list[Callable[..., None]]] = {event: [] for event in events}
+        self.listeners: dict[str, list[Callable[..., None]]] = {event: [] for event in events}
+        """What is called at each event, with the trainer and the facts of the event."""
         self._methods: list[dict[str, Callable[..., None]]] = []  # of each callback, by event
         self.add_callbacks(callbacks)
 
@@ -194,7 +196,7 @@ class CallbackHandler:
         self._methods.insert(position, methods)
         for event in methods:
             # A new list, because a callback may come or go while the old one is being called.
-            self._listeners[event] = [others[event] for others in self._methods if event in others]
+            self.listeners[event] = [others[event] for others in self._methods if event in others]
 
     def remove_callback(self, callback: TrainerCallback) -> None:
         """Take a callback out. Raises ValueError if it is not there."""
@@ -207,7 +209,7 @@ class CallbackHandler:
     def clear_callbacks(self) -> None:
         """Take all callbacks out."""
         self.callbacks = []
-        self._listeners = {event: [] for event in self._listeners}
+        self.listeners = {event: [] for event in self.listeners}
         self._methods = []
 
     def _find_listeners(self, callback: TrainerCallback) -> dict[str, Callable[..., None]]:
@@ -216,12 +218,12 @@ class CallbackHandler:
             if not name.startswith("on_") or not callable(getattr(callback, name)):
                 continue
             event = ACCEPTED_SPELLINGS.get(name, name)
-            if event not in self._listeners:
-                known = [*self._listeners, *ACCEPTED_SPELLINGS]
+            if event not in self.listeners:
+                known = [*self.listeners, *ACCEPTED_SPELLINGS]
                 hint = _FORMER_EVENTS.get(name) or did_you_mean(name, known)
                 raise ValueError(
                     f"{type(callback).__name__} has a method {name!r}, but there is no such event, so it would never "
-                    f"be called.{hint} The events are: {', '.join(self._listeners)}. For an event of your own, add "
+                    f"be called.{hint} The events are: {', '.join(self.listeners)}. For an event of your own, add "
                     "its name to EVENTS of your Trainer subclass."
                 )
             depth = _depth(callback, name)
@@ -248,9 +250,9 @@ class CallbackHandler:
             KeyError: if there is no such event.
         """
         try:
-            listeners = self._listeners[event]
+            listeners = self.listeners[event]
         except KeyError:
-            hint = did_you_mean(event, self._listeners)
+            hint = did_you_mean(event, self.listeners)
             raise KeyError(f"there is no event {event!r}.{hint} Add it to EVENTS.") from None
         for listener in listeners:
             listener(trainer, **kwargs)
@@ -268,7 +270,7 @@ class CallbackHandler:
             Exception: the first that a callback raised, where there is no ``error``; all have been called by then.
         """
         first: Exception | None = None
-        for listener in self._listeners[event]:
+        for listener in self.listeners[event]:
             try:
                 listener(trainer, **kwargs)
             except Exception as second:

@@ -136,7 +136,7 @@ class _PassProgress:
 
     def advance(self, trainer: Trainer) -> None:
         self._step += 1
-        self._samples += self._data_pass.num_samples_in_step
+        self._samples += self._data_pass.loader.round_samples
         now = time.monotonic()
         if now >= self._next_draw:
             self._next_draw = now + self._interval

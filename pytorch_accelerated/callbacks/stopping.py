@@ -85,10 +85,13 @@ class TerminateOnNaNCallback(TrainerCallback):
         """Prepare the flags on the device."""
         self._is_set_up = True
         device = trainer.device
+        self._optimizer = raw_optimizer(trainer.optimizer)
+        self._sizes: list[int] = []
         self._interval = self.read_every_n_updates or (1 if device.type == "cpu" else 50)
         self._checks_gradients = trainer.accelerator.scaler is None
         self._one = torch.ones((), device=device)
-        self._losses: Tensor | None = None
+        self._losses: float | Tensor | None = None
+        self._found = torch.zeros((), device=device)
         self._num_bad = torch.zeros((), device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # position in _moments
         self._first_bad_loss = torch.zeros((), device=device)
@@ -97,6 +100,7 @@ class TerminateOnNaNCallback(TrainerCallback):
 
     def on_train_epoch_begin(self, trainer: Trainer, **kwargs: Any) -> None:
         """Keep the losses of skipped updates out of the mean loss of the epoch."""
+        self._sizes = []
         if self.policy == "skip" and trainer.data_pass is not None:
             trainer.data_pass.leave_out_non_finite_losses()
 
@@ -113,14 +117,26 @@ class TerminateOnNaNCallback(TrainerCallback):
         losses, self._losses = self._losses, None
         if losses is None:  # added since the last step
             return
-        parameters = optimized_parameters(trainer.optimizer)
-        gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        found = self._find_non_finite([*(gradients if self._checks_gradients else ()), losses.clone()])
-        if trainer.run_config.num_processes > 1:
-            found = distributed.reduce_sum(trainer.accelerator, found).clamp_(max=1)
         if self._interval > 1:
-            self._undo_on_the_device(trainer, found, gradients, losses)
-        elif found.item():  # on the CPU this waits for nothing; elsewhere the user asked for every update
+            self._found = torch.zeros_like(self._one)  # the optimizer may hold the last one
+        gradients: list[Tensor] = []
+        for is_plain, parameters in self._group_parameters() if self._checks_gradients else ():
+            tensors = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+            if not is_plain:
+                tensors = [_local(gradient) for gradient in tensors]
+            # The kernel of torch's own GradScaler: one pass over all gradients, which it multiplies by one.
+            torch._amp_foreach_non_finite_check_and_unscale_(tensors, self._found, self._one)
+            gradients += tensors
+        if isinstance(losses, Tensor):
+            torch._amp_foreach_non_finite_check_and_unscale_([losses.clone()], self._found, self._one)
+        elif not math.isfinite(losses):
+            self._found.fill_(1)
+        if trainer.run_config.num_processes > 1:
+            self._found = distributed.reduce_sum(trainer.accelerator, self._found).clamp_(max=1)
+        if self._interval > 1:
+            self._undo_on_the_device(trainer, gradients, losses)
+        elif self._found.item():  # on the CPU this waits for nothing; elsewhere the user asked for every update
+            self._found.zero_()
             self._num_bad_in_a_row += 1
             self._act(trainer, _Moment.of(trainer), losses)
             trainer.skip_update()
@@ -157,24 +173,32 @@ class TerminateOnNaNCallback(TrainerCallback):
             self._num_bad_in_a_row = state_dict["num_bad_in_a_row"]
             self._moments = [_Moment(*moment) for moment in state_dict["moments"]]
 
-    def _find_non_finite(self, tensors: list[Tensor]) -> Tensor:
-        """Return 1.0 if an element of ``tensors`` is not finite, else 0.0, as a scalar tensor on the device."""
-        found = torch.zeros_like(self._one)
-        groups: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            groups.setdefault(tensor.dtype, []).append(tensor)
-        for group in groups.values():
-            # The kernel of torch's own GradScaler: one pass over all gradients, which it multiplies by one.
-            torch._amp_foreach_non_finite_check_and_unscale_(group, found, self._one)
-        return found
+    def _group_parameters(self) -> list[tuple[bool, list[Tensor]]]:
+        """Return the optimizer's parameters by the kind of their gradients, and for each kind whether it is plain.
 
-    def _undo_on_the_device(self, trainer: Trainer, found: Tensor, gradients: list[Tensor], losses: Tensor) -> None:
+        It is found out anew in each epoch and when the optimizer has other parameters.
+        """
+        sizes = [len(group["params"]) for group in self._optimizer.param_groups]
+        if sizes != self._sizes:
+            groups: dict[Any, list[Tensor]] = {}
+            for parameter in optimized_parameters(self._optimizer):
+                gradient = parameter.data if parameter.grad is None else parameter.grad
+                is_plain = type(gradient) is Tensor and gradient.layout is torch.strided and not gradient.is_complex()
+                groups.setdefault((is_plain, gradient.dtype), []).append(parameter)
+            self._sizes, self._groups = sizes, [(key[0], group) for key, group in groups.items()]
+        return self._groups
+
+    def _undo_on_the_device(self, trainer: Trainer, gradients: list[Tensor], losses: float | Tensor) -> None:
+        found = self._found
+        losses = torch.as_tensor(losses, device=found.device)
         is_first = (found > 0) & (self._first_bad < 0)
         self._first_bad = torch.where(is_first, len(self._moments), self._first_bad)
         self._first_bad_loss = torch.where(is_first, losses.float(), self._first_bad_loss)
         self._moments.append(_Moment.of(trainer))
         self._num_bad += found
-        optimizer = raw_optimizer(trainer.optimizer)
+        if not self._checks_gradients:
+            return  # the scaler finds the gradients of such a loss, and leaves the update out by itself
+        optimizer = self._optimizer
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf, optimizer.grad_scale = found, None
         else:
@@ -186,16 +210,18 @@ class TerminateOnNaNCallback(TrainerCallback):
         moments, self._moments = self._moments, []
         num_bad = int(self._num_bad.item())  # waits for the device: a log point
         if num_bad:
-            trainer.run_history.counters.num_skipped_updates += num_bad
+            if self._checks_gradients:  # else the trainer has counted what the scaler left out
+                trainer.run_history.counters.num_skipped_updates += num_bad
             moment, loss = moments[int(self._first_bad.item())], self._first_bad_loss  # waits no longer
             self._num_bad.zero_()
             self._first_bad.fill_(-1)
             self._num_bad_in_a_row = self._num_bad_in_a_row + num_bad if num_bad == len(moments) else 0
             self._act(trainer, moment, loss, num_bad)
 
-    def _act(self, trainer: Trainer, moment: _Moment, losses: Tensor, num_bad: int = 1) -> None:
+    def _act(self, trainer: Trainer, moment: _Moment, losses: float | Tensor, num_bad: int = 1) -> None:
         # Collective: all processes found the same, and come here together.
-        by_process = distributed.gather(trainer.accelerator, losses.float()).tolist()  # waits for the device
+        mine = torch.as_tensor(losses, dtype=torch.float32, device=trainer.device)
+        by_process = distributed.gather(trainer.accelerator, mine).tolist()  # waits for the device
         culprits = [number for number, loss in enumerate(by_process) if not math.isfinite(loss)]
         if culprits:
             what = ", ".join(f"loss {by_process[number]} on process {number}" for number in culprits)
