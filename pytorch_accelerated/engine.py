@@ -81,9 +81,8 @@ class Engine:
             and not self._accelerator.has_lomo_optimizer
         )
         self.stepped_optimizer = raw_optimizer(optimizer) if self.is_plain else optimizer
-        self._forgets_gradients = (
-            self.is_plain and getattr(type(self.stepped_optimizer), "zero_grad", None) is Optimizer.zero_grad
-        )
+        zero_grad = getattr(self.stepped_optimizer, "zero_grad", None)
+        self._forgets_gradients = self.is_plain and getattr(zero_grad, "__func__", None) is Optimizer.zero_grad
         if self._num_users == 0:
             self._take_forward()
         return self.follow_freezing(), optimizer

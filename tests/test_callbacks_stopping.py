@@ -375,3 +375,43 @@ def test_a_guard_added_in_the_middle_of_a_run_guards() -> None:
     trainer = Trainer(make_mlp(), nn.CrossEntropyLoss(), OPTIMIZERS["sgd"], [LambdaCallback(on_train_update_end=add)])
     with pytest.raises(NonFiniteError):
         trainer.train(poisoned(), 1, per_device_batch_size=4, train_dataloader_kwargs={"shuffle": False})
+
+
+class LateEmbedding(nn.Module):
+    """Has a sparse gradient from its third batch on, and none before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(4, 3, sparse=True)
+        self.linear = nn.Linear(4, 3)
+        self.num_calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_calls += 1
+        output = self.linear(x)
+        return output + self.embedding(torch.zeros(len(x), dtype=torch.int64)) if self.num_calls > 2 else output
+
+
+@pytest.mark.parametrize("bad_step", [None, 4])
+def test_a_sparse_gradient_that_comes_late_is_checked(bad_step: int | None) -> None:
+    model = LateEmbedding()
+
+    class Planted(Trainer):
+        def calculate_train_batch_loss(self, batch: Any) -> Any:
+            output = super().calculate_train_batch_loss(batch)
+            if self.num_steps == bad_step:
+                model.embedding.weight.register_hook(lambda gradient: gradient * float("nan"))
+            return output
+
+    data = TensorDataset(torch.randn(12, 4), torch.randint(3, (12,)))
+    trainer = Planted(
+        model, nn.CrossEntropyLoss(), partial(torch.optim.SGD, lr=0.1), callbacks=[TerminateOnNaNCallback]
+    )
+    if bad_step is None:
+        trainer.train(data, 1, per_device_batch_size=2)
+        assert trainer.num_updates == 6
+    else:
+        with pytest.raises(NonFiniteError, match="a gradient is not finite"):
+            trainer.train(data, 1, per_device_batch_size=2)
+        assert trainer.num_updates == 4
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())

@@ -478,3 +478,31 @@ def test_a_loss_must_be_on_the_device_of_the_run(device: str) -> None:
         else:
             assert data_pass.account({"loss": loss}) == {"loss": loss, "batch_size": 2}
     assert data_pass.mean_loss_so_far() == (None if device == "meta" else 2.0)
+
+
+class CountingSGD(SGD):
+    num_calls = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.num_calls += 1
+        super().zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_an_optimizers_own_way_to_forget_gradients_is_taken(is_patched: bool) -> None:
+    model = make_mlp()
+    optimizer = CountingSGD(model.parameters(), lr=0.1)
+    if is_patched:  # on the instance alone
+        optimizer = SGD(model.parameters(), lr=0.1)
+        optimizer.num_calls = 0
+        original = optimizer.zero_grad
+
+        def zero_grad() -> None:
+            optimizer.num_calls += 1
+            original()
+
+        optimizer.zero_grad = zero_grad
+    trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, callbacks=[])
+    trainer.train(make_data(8), 1, per_device_batch_size=2)
+    assert optimizer.num_calls == 4 + 1  # and once when the run begins
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -182,9 +182,9 @@ class TerminateOnNaNCallback(TrainerCallback):
         if sizes != self._sizes:
             groups: dict[Any, list[Tensor]] = {}
             for parameter in optimized_parameters(self._optimizer):
-                gradient = parameter.data if parameter.grad is None else parameter.grad
+                gradient = parameter.grad
                 is_plain = type(gradient) is Tensor and gradient.layout is torch.strided and not gradient.is_complex()
-                groups.setdefault((is_plain, gradient.dtype), []).append(parameter)
+                groups.setdefault((is_plain, parameter.dtype), []).append(parameter)
             self._sizes, self._groups = sizes, [(key[0], group) for key, group in groups.items()]
         return self._groups
 
