@@ -154,14 +154,15 @@ class ShardedDataLoader:
         fetches = self._fetch(epoch, start)
         if self.seconds_waiting is not None:
             fetches = self._timed(fetches)
-        if self._non_blocking and hasattr(torch.get_device_module(self._accelerator.device), "Stream"):
+        is_ahead = self._non_blocking and hasattr(torch.get_device_module(self._accelerator.device), "Stream")
+        if is_ahead:
             fetches = look_ahead(fetches, _Copies(self._accelerator.device))
         for fetched in fetches:
             if fetched.origin is not None:
                 self._last_worker = fetched.origin.worker
                 self._origins[self._last_worker] = fetched.origin
             batch = fetched.batch
-            if self._places:  # what has been copied ahead is there already
+            if self._places and not is_ahead:
                 batch = send_to_device(batch, self._accelerator.device, non_blocking=self._non_blocking)
             self.is_last = fetched.is_last
             self.has_samples = fetched.num_samples != 0

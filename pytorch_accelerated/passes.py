@@ -59,7 +59,7 @@ def calculate_batch_loss(
                 stacklevel=2,
             )
         return {"loss": loss, "model_outputs": outputs, "batch_size": num_samples}
-    inputs, targets = batch if isinstance(batch, list | tuple) and len(batch) == 2 else split_batch(batch)
+    inputs, targets = split_batch(batch)
     if targets is None:
         raise BatchError(
             f"the default hooks take a batch (inputs, targets), or a dict with 'labels', but got: {describe(batch)}. "

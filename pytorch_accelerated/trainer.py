@@ -906,7 +906,7 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _event(self, event: str, **kwargs: Any) -> None:
-        for listener in self.callback_handler.listeners[event]:
+        for listener in self.callback_handler.listeners[event]:  # as call_event does, several times in each step
             listener(self, **kwargs)
 
     def _account(self, batch: Any, output: BatchOutput | Tensor) -> BatchOutput:

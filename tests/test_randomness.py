@@ -133,11 +133,8 @@ def run_block(seed: int, function: Callable[[], Any]) -> None:
         assert function is fail
 
 
-@pytest.mark.parametrize("inside", INSIDE)
-@pytest.mark.parametrize("before", BEFORE)
-def test_after_a_block_the_streams_go_on_as_if_there_had_been_none(
-    before: Callable[[], None], inside: Callable[[], None]
-) -> None:
+def draw_undisturbed(before: Callable[[], None]) -> list[Any]:
+    """Return what is drawn after ``before``, and be there once more."""
     generator = NUMPY.get_bit_generator()
     seed_host_streams(3)
     before()
@@ -145,6 +142,15 @@ def test_after_a_block_the_streams_go_on_as_if_there_had_been_none(
     NUMPY.set_bit_generator(generator)
     seed_host_streams(3)
     before()
+    return expected
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("before", BEFORE)
+def test_after_a_block_the_streams_go_on_as_if_there_had_been_none(
+    before: Callable[[], None], inside: Callable[[], None]
+) -> None:
+    expected = draw_undisturbed(before)
     current = NUMPY.get_bit_generator()
     run_block(4, inside)
     assert NUMPY.get_bit_generator() is current
@@ -393,13 +399,7 @@ def test_an_interrupted_call_leaves_the_streams_alone() -> None:
 
 @pytest.mark.parametrize("before", [own_generator, own_generator_and_one_normal])
 def test_a_generator_that_cannot_be_watched_is_put_aside_for_every_call(before: Callable[[], None]) -> None:
-    generator = NUMPY.get_bit_generator()
-    seed_host_streams(3)
-    before()
-    expected = draw_on()
-    NUMPY.set_bit_generator(generator)
-    seed_host_streams(3)
-    before()
+    expected = draw_undisturbed(before)
     calls, called = SeededCalls(), list[int]()
 
     def function(number: int) -> Any:

@@ -1,7 +1,10 @@
 """The loop as one writes it without a library, for exactly what is needed: what the others are compared with."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from workloads import NUM_PROCESSES, Job, serve
@@ -13,8 +16,14 @@ def train(job: Job) -> int:
     if job.accumulation > 1:
         return train_accumulating(job)
     loader = DataLoader(job.dataset, job.batch_size, shuffle=True)
-    optimizer = job.make_optimizer(job.model.parameters())
-    model, loss_func = job.model.train(), job.loss
+    total = train_epoch(job, job.model.train(), loader)
+    print(f"loss {total.item() / len(loader):.4f}")
+    return 1
+
+
+def train_epoch(job: Job, model: nn.Module, loader: DataLoader[Any]) -> Tensor:
+    """Train on all batches, and return the sum of the losses."""
+    optimizer, loss_func = job.make_optimizer(model.parameters()), job.loss
     total = torch.zeros(())
     for inputs, targets in loader:
         loss = loss_func(model(inputs), targets)
@@ -22,8 +31,7 @@ def train(job: Job) -> int:
         optimizer.step()
         optimizer.zero_grad()
         total += loss.detach()
-    print(f"loss {total.item() / len(loader):.4f}")
-    return 1
+    return total
 
 
 def train_accumulating(job: Job) -> int:
@@ -53,16 +61,8 @@ def train_in_processes(job: Job) -> int:
         dist.init_process_group("gloo")
     sampler: DistributedSampler[object] = DistributedSampler(job.dataset)
     loader = DataLoader(job.dataset, job.batch_size, sampler=sampler)
-    model, loss_func = DistributedDataParallel(job.model.train()), job.loss
-    optimizer = job.make_optimizer(model.parameters())
-    total = torch.zeros(())
     sampler.set_epoch(0)
-    for inputs, targets in loader:
-        loss = loss_func(model(inputs), targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        total += loss.detach()
+    total = train_epoch(job, DistributedDataParallel(job.model.train()), loader)
     dist.all_reduce(total)
     if dist.get_rank() == 0:
         print(f"loss {total.item() / len(loader) / dist.get_world_size():.4f}")
