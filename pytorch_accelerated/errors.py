@@ -9,6 +9,8 @@
         ├── NonFiniteError         a loss or a gradient is infinite or not a number
         ├── LaunchError            the processes of the launcher and those of Accelerate differ
         ├── ProcessFailedError     another process failed, which is why this one cannot go on
+        ├── RunDirectoryError      a run directory cannot be made, is in use, or is none
+        ├── TrackerError           a tracker is unknown, not installed, or cannot be opened
         └── CheckpointError        a checkpoint cannot be written, or is damaged
             └── CheckpointMismatchError   a checkpoint is of another model, optimizer, dataset or batch size
 
@@ -54,6 +56,14 @@ class LaunchError(TrainerError, RuntimeError):
 
 class ProcessFailedError(TrainerError, RuntimeError):
     """Report the failure of another process of the same run."""
+
+
+class RunDirectoryError(TrainerError):
+    """Report a run directory that cannot be made or read, that another process uses, or whose code is in no commit."""
+
+
+class TrackerError(TrainerError):
+    """Report a tracker that is unknown, is not installed, or could not be opened."""
 
 
 class CheckpointError(TrainerError):
