@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Set
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import find_batch_size, recursively_apply, send_to_device
@@ -145,17 +147,18 @@ def as_metric(metrics: Any) -> Metric | MetricCollection | None:
     if isinstance(metrics, Metric | MetricCollection):
         return metrics
     if isinstance(metrics, Mapping | list | tuple):
-        return MetricCollection(dict(metrics) if isinstance(metrics, Mapping) else list(metrics))
+        from pytorch_accelerated.metrics import collect_metrics
+
+        return collect_metrics(metrics)
     raise TypeError(
         f"metrics must be a torchmetrics Metric, a MetricCollection or a dict of metrics, got {type(metrics).__name__}."
     )
 
 
-def update_metrics(metrics: Metric | MetricCollection, batch: Any, batch_output: BatchOutput) -> None:
-    """Add a batch to metrics, in the usual ways.
+def predictions_and_targets(batch: Any, batch_output: BatchOutput) -> tuple[Any, Any]:
+    """Return what a model predicted for a batch, detached, and what was to be predicted, in the usual ways.
 
     Args:
-        metrics: what to update.
         batch: the batch.
         batch_output: what a ``calculate_*`` hook returned; its ``"predictions"`` and ``"targets"`` come first, then its
             ``"model_outputs"`` and the targets of the batch.
@@ -175,19 +178,36 @@ def update_metrics(metrics: Metric | MetricCollection, batch: Any, batch_output:
             f"'predictions') and 'targets', or override update_metrics. Got the entries {sorted(batch_output)} and "
             f"the batch {describe(batch)}."
         )
-    # A metric that keeps what it is given would keep the graph as well.
-    metrics.update(recursively_apply(lambda tensor: tensor.detach(), predictions), targets)
+    # Who keeps what it is given would keep the graph as well.
+    return recursively_apply(lambda tensor: tensor.detach(), predictions), targets
+
+
+def update_metrics(metrics: Metric | MetricCollection, batch: Any, batch_output: BatchOutput) -> None:
+    """Add a batch to metrics, in the usual ways: see ``predictions_and_targets``.
+
+    Args:
+        metrics: what to update.
+        batch: the batch.
+        batch_output: what a ``calculate_*`` hook returned.
+
+    Raises:
+        BatchError: if there are no predictions or no targets.
+    """
+    metrics.update(*predictions_and_targets(batch, batch_output))
 
 
 def _pack_metrics(metrics: Metric | MetricCollection) -> dict[str, Any]:
     """Return the states of a metric and of those inside it, by name."""
     from torchmetrics import Metric, MetricCollection
 
+    from pytorch_accelerated.metrics import Windowed
+
     for module in metrics.modules():
         if isinstance(module, MetricCollection):
             module.items(copy_state=True)  # some members share the states of another, which fills theirs
     return {
         name: {"states": part.metric_state, "num_updates": part.update_count}
+        | ({"window": part.pack()} if isinstance(part, Windowed) else {})
         for name, part in metrics.named_modules()
         if isinstance(part, Metric)
     }
@@ -197,9 +217,13 @@ def _add_packed_metrics(metrics: Metric | MetricCollection, packed: dict[str, An
     """Add to metrics the states that ``_pack_metrics`` returned on another process, or before an interruption."""
     from torchmetrics import Metric
 
+    from pytorch_accelerated.metrics import Windowed
+
     for name, part in metrics.named_modules():
         if not isinstance(part, Metric) or name not in packed:
             continue
+        if isinstance(part, Windowed):
+            part.add_packed(packed[name].get("window", []))
         states, num_updates = packed[name]["states"], packed[name]["num_updates"]
         states = send_to_device(states, part.device)
         if part.update_count > 0 and num_updates > 0:
@@ -226,6 +250,9 @@ def _is_number(num_items: Any) -> bool:
 
 
 _NO_BATCH = object()
+
+# Entries of an output that mean something already, so that they are not averaged.
+_NO_SCALARS = frozenset({"loss", "batch_size", "num_items_in_batch", "model_outputs", "predictions", "targets"})
 
 
 class DataPass:
@@ -254,8 +281,12 @@ class DataPass:
         self._batch: Any = _NO_BATCH
         self._is_iterating = False
         self.metrics = metrics if metrics is None else metrics.clone().to(accelerator.device)
+        self._windowed: Any = None
         if self.metrics is not None:
+            from pytorch_accelerated.metrics import windows_of
+
             self.metrics.reset()
+            self._windowed = windows_of(self.metrics)
         self._accelerator = accelerator
         self._device: torch.device = accelerator.device
         self._is_on_host = self._device.type == "cpu"
@@ -265,6 +296,8 @@ class DataPass:
         self._num_items: Number = 0
         self._total_items: int | None = None
         self._loss_sum = LossSum(accelerator.device)
+        self._scalar_sums: dict[str, LossSum] = {}
+        self._known_entries: Set[str] = frozenset()  # of the outputs in which scalars have been looked for
         self._counts_items: bool | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -272,6 +305,7 @@ class DataPass:
         metrics = None if self.metrics is None else _pack_metrics(self.metrics)
         return {
             "loss": self._loss_sum.state_dict(),
+            "scalars": {name: sums.state_dict() for name, sums in self._scalar_sums.items()},
             "counts_items": self._counts_items,
             "metrics": metrics,
         }
@@ -285,8 +319,12 @@ class DataPass:
                 fewer or more where the number of processes has changed.
         """
         self.step = num_steps - 1
+        for window in self._windows:
+            window.begin_step(self.step)
         for state_dict in state_dicts:
             self._loss_sum.add_state_dict(state_dict["loss"])
+            for name, sums in state_dict.get("scalars", {}).items():  # which older checkpoints have not
+                self._sum_of(name).add_state_dict(sums)
             self._counts_items = state_dict["counts_items"]
             if self.metrics is not None and state_dict["metrics"] is not None:
                 _add_packed_metrics(self.metrics, state_dict["metrics"])
@@ -294,11 +332,14 @@ class DataPass:
     def iterate(self, epoch: int) -> Generator[Any, None, None]:
         """Yield the batches of an epoch that are left, and keep track of where the pass is."""
         self._is_iterating = True
+        windows = self._windows
         if self._window is not None:
             num_steps = self.loader.num_steps
             self._window.begin_epoch(None if num_steps is None else num_steps - self.step - 1)
         for batch in self.loader.iterate(epoch):
             self.step += 1
+            for window in windows:
+                window.begin_step(self.step)
             self._batch = batch
             yield batch
             self._batch = _NO_BATCH
@@ -336,7 +377,13 @@ class DataPass:
 
     def leave_out_non_finite_losses(self) -> None:
         """Let the mean loss of the pass be that of the batches whose loss is finite."""
-        self._loss_sum.skips_non_finite = True
+        for sums in (self._loss_sum, *self._scalar_sums.values()):
+            sums.skips_non_finite = True
+
+    def own_loss_sums(self) -> tuple[float, float]:
+        """Return the sum of the losses so far on this process, and of the items they are of. Waits for the device."""
+        loss, num_items = self._loss_sum.sums().tolist()  # waits for the device: the caller wants to show it
+        return loss, num_items
 
     def mean_loss_so_far(self) -> float | None:
         """Return the mean loss on this process; None before the first batch. Waits for the device."""
@@ -377,6 +424,12 @@ class DataPass:
         if loader.has_samples:
             self._num_items = num_items if num_items is not None else batch_output["batch_size"]
             self._loss_sum.update(value, self._num_items)
+            if batch_output.keys() != self._known_entries:
+                self._find_scalars(batch_output)
+            if self._scalar_sums:
+                for name in self._scalar_sums.keys() & self._known_entries:
+                    sums = self._scalar_sums[name]
+                    sums.update(self._as_scalar(batch_output[name]), self._num_items)
         else:
             self._num_items = 0
         self._total_items = None if counts_items or not loader.knows_sizes else loader.round_samples
@@ -393,6 +446,43 @@ class DataPass:
         elif weight == 1:
             return loss
         return without_empty(loss, self._num_items) * weight
+
+    def _find_scalars(self, batch_output: BatchOutput) -> None:
+        """Note which other entries of an output are scalars, whose means are wanted."""
+        self._known_entries = frozenset(batch_output)
+        metrics: Any = getattr(self.metrics, "keys", tuple)()  # a single metric has none
+        for name, value in batch_output.items():
+            is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool | np.complexfloating)
+            is_scalar = value.ndim == 0 and not value.is_complex() if isinstance(value, Tensor) else is_number
+            if is_scalar and name not in _NO_SCALARS and name not in metrics:
+                self._sum_of(name)
+
+    def _sum_of(self, name: str) -> LossSum:
+        if name not in self._scalar_sums:
+            self._scalar_sums[name] = sums = LossSum(self._device)
+            sums.skips_non_finite = self._loss_sum.skips_non_finite
+        return self._scalar_sums[name]
+
+    def _as_scalar(self, value: Any) -> float | Tensor:
+        if isinstance(value, Tensor):
+            return value
+        if self._is_on_host:
+            return float(value)
+        return torch.full(
+            (), float(value), dtype=torch.float32, device=self._device
+        )  # filled there: nothing is waited for
+
+    def sums_so_far(self) -> dict[str, tuple[float, float]]:
+        """Return the sums of loss and other scalars so far, each with the items it is of, over all processes.
+
+        Collective; waits for the device. The loss goes by ``"loss"``, the others by their names in the outputs.
+        """
+        own: dict[str, LossSum] = {"loss": self._loss_sum, **self._scalar_sums}
+        names = dict.fromkeys(name for row in distributed.gather_rows(self._accelerator, list(own)) for name in row)
+        empty = LossSum(self._device)
+        stacked = torch.stack([own.get(name, empty).sums() for name in names])
+        rows = distributed.reduce_sum(self._accelerator, stacked).tolist()  # waits for the device: a log point
+        return {name: (total, num_items) for name, (total, num_items) in zip(names, rows, strict=True)}
 
     def _find_problem(self, output: Any, loss: Any, num_items: Any, size: Any) -> str:
         """Return in words what is wrong with the output of a hook that cannot be used."""
@@ -418,16 +508,38 @@ class DataPass:
     def results(self, loss_name: str, prefix: str) -> dict[str, Any]:
         """Return loss and metrics over all processes by name. Collective; waits for the device."""
         self._batch, self._is_iterating = _NO_BATCH, False
-        accelerator, metrics = self._accelerator, self.metrics
-        results: dict[str, Any] = {
-            loss_name: self._loss_sum.mean(lambda sums: distributed.reduce_sum(accelerator, sums))
-        }
-        if metrics is not None:
-            if accelerator.num_processes > 1:
-                distributed.fill_empty_states(metrics)
-            computed = metrics.compute()
-            named = computed if isinstance(computed, dict) else {type(metrics).__name__: computed}
-            for name, value in named.items():
-                # Some metrics compute tuples of tensors. Waits for the device: a log point.
-                results[f"{prefix}_{name}"] = recursively_apply(lambda tensor: tensor.tolist(), value)
+        means = {name: total / items if items else math.nan for name, (total, items) in self.sums_so_far().items()}
+        results: dict[str, Any] = {loss_name: means.pop("loss")}
+        suffix = "_epoch" if loss_name.endswith("_epoch") else ""
+        results |= {f"{prefix}_{name}{suffix}": mean for name, mean in means.items()}
+        if self.metrics is not None:
+            results |= {f"{prefix}_{name}": value for name, value in self._compute(self.metrics).items()}
         return results
+
+    @property
+    def has_windowed_metrics(self) -> bool:
+        """Return whether ``windowed_results`` has anything to return."""
+        return self._windowed is not None
+
+    def windowed_results(self) -> dict[str, Any]:
+        """Return the metrics of the last steps by their names, over all processes. Collective; waits for the device."""
+        return {} if self._windowed is None else self._compute(self._windowed)
+
+    @property
+    def _windows(self) -> list[Any]:
+        if self._windowed is None:
+            return []
+        return list(getattr(self._windowed, "values", lambda: [self._windowed])())
+
+    def _compute(self, metrics: Metric | MetricCollection) -> dict[str, Any]:
+        for window in self._windows:
+            window.join()
+        if self._accelerator.num_processes > 1:
+            from pytorch_accelerated.metrics import gather_lists
+
+            gather_lists(metrics)
+            distributed.fill_empty_states(metrics)
+        computed = metrics.compute()
+        named = computed if isinstance(computed, dict) else {type(metrics).__name__: computed}
+        # Some metrics compute tuples of tensors. Waits for the device: a log point.
+        return {name: recursively_apply(lambda tensor: tensor.tolist(), value) for name, value in named.items()}
