@@ -30,6 +30,10 @@ _MAX_DIMS = 8
 _run_numbers = count(1)  # the processes go through the same runs, so that the number tells which run a failure was of
 _failure_key = "pytorch_accelerated/failure"
 _SECONDS_TO_WAIT_FOR_A_FAILURE = 3.0
+_NOTE = (
+    "pytorch_accelerated: the connection to another process broke, because that process failed or was ended. Its own "
+    "output says why."
+)
 
 
 def check_launch(accelerator: Accelerator) -> None:
@@ -384,7 +388,7 @@ def peer_failure(accelerator: Accelerator, error: BaseException) -> ProcessFaile
 
     Where that process left no word, as when it was killed, ``error`` gets a note instead.
     """
-    if accelerator.num_processes == 1 or not _is_lost_connection(error):
+    if accelerator.num_processes == 1 or not _is_lost_connection(error) or _NOTE in getattr(error, "__notes__", ()):
         return None
     deadline = time.monotonic() + _SECONDS_TO_WAIT_FOR_A_FAILURE
     with suppress(RuntimeError, ValueError):  # the store went with its process
@@ -396,10 +400,7 @@ def peer_failure(accelerator: Accelerator, error: BaseException) -> ProcessFaile
                     f"cannot go on. The error of process {process}, whose traceback it prints itself: {message}"
                 )
             time.sleep(0.05)
-    error.add_note(
-        "pytorch_accelerated: the connection to another process broke, because that process failed or was ended. Its "
-        "own output says why."
-    )
+    error.add_note(_NOTE)
     return None
 
 

@@ -228,6 +228,8 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None, reset_run_history: bo
         why = "it was stopped early" if run.is_stopped else "its limits are reached"
         trainer.print(f"Nothing is left of the run to do: {why}. To train on, raise them or resume from another.")
     trainer.num_runs_started += 1
+    if trainer.recorder is not None:
+        trainer.recorder.begin_run(trainer, checkpoint, reset_run_history)
     return counters
 
 
@@ -247,8 +249,13 @@ def running(trainer: Trainer, engine: Engine, end_event: str, is_training: bool 
         except BaseException as error:
             locate(trainer, error)
             distributed.report_failure(trainer.accelerator, error)  # before callbacks, which may wait for the others
-            trainer.callback_handler.call_end_event("on_exception", trainer, error, exception=error)
-            trainer.callback_handler.call_end_event(end_event, trainer, error, exception=error)
+            # What the callbacks hear is the failure of the process that failed, not that the connection to it broke.
+            cause = distributed.peer_failure(trainer.accelerator, error)
+            told = cause or error
+            trainer.callback_handler.call_end_event("on_exception", trainer, told, exception=told)
+            trainer.callback_handler.call_end_event(end_event, trainer, told, exception=told)
+            if cause is not None:
+                raise cause from None
             raise
         finally:
             trainer.update_is_skipped = False
@@ -259,16 +266,46 @@ def running(trainer: Trainer, engine: Engine, end_event: str, is_training: bool 
             raise
 
 
+def begin_train_pass(trainer: Trainer) -> DataPass:
+    """Return a pass over the training data: of an epoch that begins, or that goes on after an interruption."""
+    run, goes_on = trainer.training_run, trainer.training_run.is_in_epoch
+    if not goes_on:
+        trainer.run_history.counters.current_epoch += 1
+        run.is_in_epoch, run.is_epoch_exhausted, run.num_steps_in_epoch = True, False, 0
+    metrics = metrics_of_pass(trainer, is_training=True, pass_states=run.pass_states if goes_on else ())
+    run.data_pass = DataPass("training", run.loader, trainer.accelerator, metrics, run.window)
+    if goes_on:
+        run.data_pass.go_on(run.num_steps_in_epoch, run.pass_states)
+    return run.data_pass
+
+
+def metrics_of_pass(trainer: Trainer, **facts: Any) -> Any:
+    """Return the metrics that take part in a pass that begins; see ``metrics.choose_metrics``."""
+    if trainer.metrics is None:
+        return None
+    from pytorch_accelerated.metrics import choose_metrics  # which imports torchmetrics
+
+    return choose_metrics(trainer, **facts)
+
+
 @contextlib.contextmanager
-def evaluating(trainer: Trainer, kind: str, loader: data.ShardedDataLoader) -> Iterator[DataPass]:
-    """Let a trainer go without gradients through ``loader``, and leave modes and random streams as they were."""
+def evaluating(trainer: Trainer, kind: str, loader: data.ShardedDataLoader, **facts: Any) -> Iterator[DataPass]:
+    """Let a trainer go without gradients through ``loader``, and leave modes and random streams as they were.
+
+    Args:
+        trainer: whose model it is.
+        kind: what the pass is for: evaluating, or predicting, which needs no metrics.
+        loader: where the batches come from.
+        **facts: what the metrics that take part are chosen by.
+    """
+    metrics = metrics_of_pass(trainer, is_training=False, **facts) if kind == "evaluating" else None
     modes = [(module, module.training) for module in trainer.model.modules()]
     streams = randomness.get_streams(trainer.device)
     run = trainer.training_run if trainer.has_training_run else None
     before = None if run is None else run.suspended  # evaluations may be nested
     if run is not None and before is None:
         run.suspended = Suspended(modes_of(trainer), streams)
-    data_pass = DataPass(kind, loader, trainer.accelerator, trainer.metrics, window=None)
+    data_pass = DataPass(kind, loader, trainer.accelerator, metrics, window=None)
     with temporarily(trainer, data_pass=data_pass):
         try:
             # Not inference_mode: its tensors cannot be used in training, and compiled or sharded models refuse it.

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pytorch_accelerated.errors import did_you_mean
+from pytorch_accelerated.metrics_log import COUNTERS, read_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,6 +103,18 @@ class RunHistory:
         """
         return self._lookup(self._values, metric_name)[-1]
 
+    def get_news(self, num_seen: Mapping[str, int]) -> list[tuple[dict[str, int], str, Any]]:
+        """Return what has been recorded since an earlier look: counters, name and value, in the order of the counters.
+
+        Args:
+            num_seen: how many values of each metric there were then.
+        """
+        news = []
+        for name, values in self._values.items():
+            first = num_seen.get(name, 0)
+            news += list(zip(self._counters[name][first:], [name] * len(values[first:]), values[first:], strict=True))
+        return sorted(news, key=lambda item: (item[0]["num_samples"], item[0]["num_updates"]))
+
     def _lookup(self, records: dict[str, list[Any]], metric_name: str) -> list[Any]:
         if metric_name not in records:
             hint = did_you_mean(metric_name, records)
@@ -135,6 +148,8 @@ class RunHistory:
                 repeat = seen[moment] = seen.get(moment, -1) + 1
                 rows.setdefault((moment, repeat), dict(counters))[name] = value
         columns = [field.name for field in dataclasses.fields(RunCounters)] + list(self._values)
+        if any("seconds" in row for row in rows.values()):  # as read_log has them
+            columns.insert(len(columns) - len(self._values), "seconds")
         return pd.DataFrame([rows[key] for key in sorted(rows)], columns=columns)
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,6 +178,29 @@ class RunHistory:
         """Return the history that ``save_json`` wrote."""
         history = cls()
         history.load_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return history
+
+    @classmethod
+    def read_log(cls, path: str | Path) -> RunHistory:
+        """Return what a run directory's log holds as a history, also of a run that is still going on.
+
+        It has all that is in the log: what was logged within epochs, too. The counters of a value come with
+        ``seconds``, the time the run had taken.
+
+        Args:
+            path: a run directory, or its ``metrics.jsonl``.
+
+        Raises:
+            ValueError: if a line of the file is damaged.
+        """
+        path = Path(path)
+        history = cls()
+        for row in read_rows(path / "metrics.jsonl" if path.is_dir() else path):
+            counters = {name: row.pop(name) for name in COUNTERS if name in row}
+            for name, value in row.items():
+                history._values.setdefault(name, []).append(value)
+                history._counters.setdefault(name, []).append(dict(counters))
+            vars(history.counters).update({name: counters[name] for name in vars(history.counters)})
         return history
 
 
@@ -200,8 +238,8 @@ class LossSum:
         self._items: Number = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums of this process, as a new tensor of shape (2,)."""
-        return {"sums": self._sums()}
+        """Return the sums of this process."""
+        return {"sums": self.sums()}
 
     def add_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Add the sums that ``state_dict`` returned, here or on another process."""
@@ -236,18 +274,11 @@ class LossSum:
 
     def local_mean(self) -> float | None:
         """Return the mean loss per item on this process, None where there were no items. Waits for the device."""
-        loss, items = self._sums().tolist()  # waits for the device: the caller wants to show it
+        loss, items = self.sums().tolist()  # waits for the device: the caller wants to show it
         return loss / items if items else None
 
-    def mean(self, reduce_sum: Callable[[Tensor], Tensor]) -> float:
-        """Return the mean loss per item over all processes; NaN where there were no items.
-
-        Collective: every process must call it.
-        """
-        loss, items = reduce_sum(self._sums()).tolist()  # waits for the device: a log point
-        return loss / items if items else float("nan")
-
-    def _sums(self) -> Tensor:
+    def sums(self) -> Tensor:
+        """Return the sum of the losses, each times its items, and that of the items: a new tensor of shape (2,)."""
         sums = torch.zeros(2, dtype=_accumulator_dtype(self._device), device=self._device)
         sums[0] += self._loss
         sums[1] += self._items

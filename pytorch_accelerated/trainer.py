@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,6 +45,7 @@ from pytorch_accelerated import checkpoint, data, distributed, runs
 from pytorch_accelerated.callbacks import DEFAULT_CALLBACKS, CallbackHandler, TrainerCallback
 from pytorch_accelerated.callbacks.base import ACCEPTED_SPELLINGS, EVENTS
 from pytorch_accelerated.callbacks.limits import limit_from_environment
+from pytorch_accelerated.callbacks.progress import bars_aside
 from pytorch_accelerated.callbacks.saving import save_directories
 from pytorch_accelerated.engine import Engine, raw_optimizer, unwrapped
 from pytorch_accelerated.errors import StopTrainingError, refuse_near_misses
@@ -55,6 +57,8 @@ from pytorch_accelerated.passes import (
     calculate_batch_loss,
     update_metrics,
 )
+from pytorch_accelerated.predictions import collect_predictions
+from pytorch_accelerated.recording import RunRecord, create_recorder
 from pytorch_accelerated.run_config import TrainerPlaceholderValues as TrainerPlaceholderValues  # its place in 0.1.x
 from pytorch_accelerated.run_config import (
     TrainerRunConfig,
@@ -62,6 +66,7 @@ from pytorch_accelerated.run_config import (
     check_trainer_arguments,
     resolve_placeholders,
 )
+from pytorch_accelerated.run_directory import RunDirectory
 from pytorch_accelerated.syncs import SyncAudit
 from pytorch_accelerated.tracking import RunHistory
 
@@ -69,7 +74,7 @@ if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
 
 
-class Trainer:
+class Trainer(RunRecord):
     """Train, evaluate and predict with a PyTorch model, on whatever hardware Accelerate was set up for.
 
     To change what happens, override a hook; to do something besides, write a callback. See the module's docstring for
@@ -144,7 +149,11 @@ class Trainer:
         run_history: RunHistory | None = None,
         accelerator: Accelerator | None = None,
         seed: int | None = None,
-        metrics: Metric | MetricCollection | Mapping[str, Metric] | None = None,
+        metrics: Metric | MetricCollection | Mapping[str, Metric | MetricCollection] | None = None,
+        run_dir: str | Path | RunDirectory | None = None,
+        trackers: Iterable[Any] | Mapping[str, Mapping[str, Any]] | str | None = None,
+        log_every: int | timedelta = 50,
+        config: Any = None,
     ) -> None:
         """Store what training needs; nothing is moved, wrapped or seeded before a run begins.
 
@@ -160,10 +169,17 @@ class Trainer:
             seed: None leaves the random streams to the user: the order of samples and the randomness in datasets then
                 follow from torch's state when a run begins. A number fixes these, and seeds torch, numpy and random
                 when a training run begins, differently on each process.
-            metrics: torchmetrics objects to be updated with model outputs and targets in training and in evaluation.
+            metrics: torchmetrics objects to be updated with model outputs and targets in training and in evaluation;
+                ``When`` and ``Windowed`` of ``pytorch_accelerated.metrics`` say in which passes, and over which steps.
+            run_dir: holds a numbered directory for each run, with its log and every fact of it; None for none.
+            trackers: names, such as ``["tensorboard", "wandb"]``, a dict of names and arguments, or trackers. None for
+                what Accelerate was given, or with ``run_dir`` for TensorBoard.
+            log_every: updates, or time as a ``timedelta``, between two rows of the log within an epoch.
+            config: the user's own settings, to be recorded: a dict (may be nested), a dataclass or a namespace.
 
         Raises:
             LaunchError: if a launcher started several processes that do not know of each other.
+            TrackerError: if a tracker is unknown, is not installed, or lacks the run directory it needs.
             TypeError: if an argument is of a wrong type.
             ValueError: if a callback listens to an event that does not exist, or a method of a subclass has a name that
                 is almost a hook's.
@@ -191,7 +207,10 @@ class Trainer:
         self._engine = Engine(self.accelerator)
         self.update_is_skipped = False
 
-        self.callback_handler = CallbackHandler(callbacks or (), self.EVENTS)
+        self.recorder = create_recorder(self.accelerator, run_dir, trackers, log_every, config)
+        recorders = () if self.recorder is None else (self.recorder, self.recorder.closing)
+        self.callback_handler = CallbackHandler(recorders, self.EVENTS)
+        self.callback_handler.add_callbacks(callbacks or ())
         if (limit := limit_from_environment()) is not None:
             self.callback_handler.add_callback(limit)
         self._event("on_init_end")
@@ -268,7 +287,7 @@ class Trainer:
         self.create_scheduler_fn = create_scheduler_fn
         with distributed.failing_together(self.accelerator):
             facts["gradient_accumulation_steps"] = self._engine.choose_accumulation_steps(gradient_accumulation_steps)
-            found = checkpoint.find(self.accelerator, resume_from, save_directories(self.callback_handler), self.print)
+            found = checkpoint.find(self.accelerator, resume_from, save_directories(self), self.print)
             run = self._run = runs.create_training_run(
                 self,
                 found,
@@ -346,20 +365,26 @@ class Trainer:
         per_device_batch_size: int = 8,
         dataloader_kwargs: Mapping[str, Any] | None = None,
         collate_fn: Callable[[Any], Any] | None = None,
+        save_to: str | Path | None = None,
+        overwrite: bool = False,
     ) -> Any:
-        """Return the model's outputs for a dataset.
+        """Return the model's outputs for a dataset, or write them to a file.
 
         Args:
             dataset: a map-style or iterable dataset, or a DataLoader; targets in it are not used.
             per_device_batch_size: samples in a batch of one process.
             dataloader_kwargs: arguments for the DataLoader, which win over the defaults.
             collate_fn: makes a batch of a list of samples; None for torch's default.
+            save_to: a ``.parquet``, ``.npz`` or ``.jsonl`` file to write them to while they are made, so that they need
+                not fit into memory, with a column or array for each part of the output.
+            overwrite: whether a file that is there may be replaced.
 
         Returns:
             What ``calculate_predictions`` returns, joined along the first dimension in the order of the dataset, each
-            sample once, on the CPU, on every process. Nested structures keep their structure.
+            sample once, on the CPU, on every process. Nested structures keep their structure. Of ``save_to`` the path.
 
         Raises:
+            FileExistsError: if there is a file at ``save_to``, and no ``overwrite``.
             ValueError: if the loader shuffles, or if outputs of different batches differ in other dimensions than the
                 first.
         """
@@ -367,13 +392,13 @@ class Trainer:
         if kwargs.get("shuffle"):
             raise ValueError("predict returns outputs in the order of the dataset, so it cannot take shuffle=True.")
         processes = distributed.failing_together(self.accelerator)
-        with processes, runs.temporarily(self, predict_dataset=dataset, collate_fn=collate_fn):
+        given = runs.temporarily(self, predict_dataset=dataset, collate_fn=collate_fn)
+        with processes, given, collect_predictions(self.accelerator, save_to, overwrite) as outputs:
             self.prepare_model_and_optimizer()
             dataloader = self.create_predict_dataloader(per_device_batch_size, kwargs)
             if data.is_shuffled(dataloader):
                 raise ValueError("predict returns outputs in the order of the dataset, but its DataLoader shuffles.")
             loader = data.shard_dataloader(dataloader, self.accelerator, runs.choose_seed(self))
-            outputs: list[Any] = []
             with (
                 runs.running(self, self._engine, "on_prediction_run_end"),
                 runs.evaluating(self, "predicting", loader) as data_pass,
@@ -387,12 +412,11 @@ class Trainer:
                         self._event("on_predict_step_begin")
                         output = self.calculate_predictions(batch)
                         self._event("on_predict_step_end", batch=batch, batch_output=output, step=data_pass.step)
-                        # To the host at once, which waits for the device: the outputs of a dataset may not fit on it.
-                        outputs.append(distributed.to_host(self.gather(output)))
+                        outputs.add(output, self.has_samples)
                 self.predict_epoch_end()
                 self._event("on_predict_epoch_end")
                 self.prediction_run_end()
-            return distributed.concatenate(outputs)
+            return outputs.result()
 
     # ----------------------------------------------------------------------------------------------------------------
     # The loop
@@ -401,14 +425,7 @@ class Trainer:
     def _run_train_epoch(self) -> None:
         run, counters = self.training_run, self.run_history.counters
         loader, window = run.loader, run.window
-        data_pass = self.data_pass = run.data_pass = DataPass(
-            "training", loader, self.accelerator, self.metrics, window
-        )
-        if run.is_in_epoch:
-            data_pass.go_on(run.num_steps_in_epoch, run.pass_states)
-        else:
-            counters.current_epoch += 1
-            run.is_in_epoch, run.is_epoch_exhausted, run.num_steps_in_epoch = True, False, 0
+        data_pass = self.data_pass = runs.begin_train_pass(self)
         accumulation_steps = self.run_config.gradient_accumulation_steps
         self.train_epoch_start()
         self._event("on_train_epoch_begin")
@@ -483,8 +500,8 @@ class Trainer:
     def _run_eval_epoch(
         self, loader: data.ShardedDataLoader, loss_name: str, prefix: str, name: str | None, is_intermediate: bool
     ) -> dict[str, Any]:
-        facts = {"eval_name": name, "is_intermediate": is_intermediate}
-        with runs.evaluating(self, "evaluating", loader) as data_pass:
+        facts: dict[str, Any] = {"eval_name": name, "is_intermediate": is_intermediate}
+        with runs.evaluating(self, "evaluating", loader, **facts) as data_pass:
             self.eval_epoch_start()
             self._event("on_eval_epoch_begin", **facts)
             loader.limit = self.limit_eval_batches
@@ -821,31 +838,6 @@ class Trainer:
         return device
 
     @property
-    def num_samples(self) -> int:
-        """Return the training samples seen, over all processes."""
-        return self.run_history.counters.num_samples
-
-    @property
-    def num_steps(self) -> int:
-        """Return the training batches of one process that went through the hooks."""
-        return self.run_history.counters.num_steps
-
-    @property
-    def num_updates(self) -> int:
-        """Return the optimizer steps that changed the weights."""
-        return self.run_history.counters.num_updates
-
-    @property
-    def num_skipped_updates(self) -> int:
-        """Return the updates that were left out because of numbers that are not finite."""
-        return self.run_history.counters.num_skipped_updates
-
-    @property
-    def current_epoch(self) -> int:
-        """Return the number of the epoch in progress, from 1; 0 before the first."""
-        return self.run_history.counters.current_epoch
-
-    @property
     def last_epoch(self) -> int | None:
         """Return the number of the last epoch of the run; None where only updates limit it."""
         return None if self._run is None else self._run.epoch_limit
@@ -878,8 +870,12 @@ class Trainer:
         return distributed.gather(self.accelerator, tensor, padding_value, contributes=self.has_samples)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print, on the main process only."""
-        self.accelerator.print(*args, **kwargs)
+        """Print, on the main process only; with a run directory into its ``log.txt``, too."""
+        with bars_aside():
+            self.accelerator.print(*args, **kwargs)
+        if self.recorder is not None and self.accelerator.is_main_process and "file" not in kwargs:
+            sep, end = (" " if kwargs.get("sep") is None else kwargs["sep"]), kwargs.get("end")
+            self.recorder.write_line(sep.join(map(str, args)) + ("\n" if end is None else end))
 
     def prepare_model_and_optimizer(self) -> None:
         """Let Accelerate place and wrap model and optimizer, unless it has; every run does it by itself."""

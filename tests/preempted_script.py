@@ -33,6 +33,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
+# Where it is installed, torch._dynamo imports it at exit to print times. Python 3.11 then forgets that a
+# KeyboardInterrupt ended the script, and leaves with 1, with and without this library.
+with suppress(ImportError):
+    import tabulate  # noqa: F401
+
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import (
     SaveTrainingStateCallback,

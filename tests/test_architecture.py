@@ -27,12 +27,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each line may import from the lines above it.
 LAYERS = [
-    {"_version", "errors", "randomness", "signals", "syncs"},
-    {"dealing"},
-    {"run_config", "tracking", "data", "distributed", "engine", "finetuning"},
-    {"passes", "schedulers"},
+    {"_version", "errors", "randomness", "signals", "syncs", "metrics_log", "snapshot"},
+    {"dealing", "trackers"},
+    {"run_config", "tracking", "data", "distributed", "engine", "finetuning", "media"},
+    {"metrics", "predictions", "run_directory"},
+    {"passes", "schedulers", "report"},
     {"checkpoint"},
     {"runs", "callbacks"},
+    {"recording"},
     {"trainer"},
     {"integrations", "__init__"},
 ]

@@ -699,7 +699,7 @@ def test_all_errors_of_the_library_have_one_ancestor() -> None:
     import pytorch_accelerated.errors as errors
 
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(classes) == 8
+    assert len(classes) == 10
     assert all(issubclass(error, TrainerError) for error in classes)
 
 

@@ -197,6 +197,7 @@ def test_a_script_written_for_the_published_library_runs(capsys: pytest.CaptureF
         PrintProgressCallback,
         ProgressBarCallback,
         StopTrainingError,
+        SummaryCallback,
         TerminateOnNaNCallback,
         TrainerCallback,
     )
@@ -213,6 +214,7 @@ def test_a_script_written_for_the_published_library_runs(capsys: pytest.CaptureF
         PrintProgressCallback,
         ProgressBarCallback,
         LogMetricsCallback,
+        SummaryCallback,  # is of this library
     }
     assert issubclass(StopTrainingError, Exception)
 

@@ -45,7 +45,7 @@ def refuse_waits(waits: list[Any], epochs: int = 1) -> None:
     """Raise AssertionError, with file and line, if the library waits but at its log points."""
     library = {place: number for owner, place, number in waits if owner == "library"}
     # Of 120 updates the flags are read after 50 and 100, and at the end of each epoch; so is the mean loss.
-    expected = {"TerminateOnNaNCallback._read": 2 + epochs, "LossSum.mean": epochs}
+    expected = {"TerminateOnNaNCallback._read": 2 + epochs, "DataPass.sums_so_far": epochs}
     unexpected = {place: number for place, number in library.items() if place.split()[1] not in expected}
     assert not unexpected, f"the library waits for the device: {unexpected}"
     assert {place.split()[1]: number for place, number in library.items()} == expected

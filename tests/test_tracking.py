@@ -223,10 +223,6 @@ def test_counters_and_names_of_the_published_library() -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def identity(sums: Tensor) -> Tensor:
-    return sums
-
-
 def test_sum_of_many_losses_is_exact_to_double_precision() -> None:
     generator = torch.Generator().manual_seed(0)
     losses = torch.rand(100_000, generator=generator) * 1e3
@@ -235,8 +231,7 @@ def test_sum_of_many_losses_is_exact_to_double_precision() -> None:
     for loss, count in zip(losses, counts, strict=True):
         loss_sum.update(loss, count)
     expected = math.fsum(loss * count for loss, count in zip(losses.tolist(), counts, strict=True)) / sum(counts)
-    assert loss_sum.mean(identity) == pytest.approx(expected, rel=1e-13)
-    assert loss_sum.local_mean() == loss_sum.mean(identity)
+    assert loss_sum.local_mean() == pytest.approx(expected, rel=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -253,14 +248,15 @@ def test_counts_may_be_tensors(dtype: torch.dtype) -> None:
 def test_no_items_have_no_mean() -> None:
     loss_sum = LossSum(CPU)
     assert loss_sum.local_mean() is None
-    assert math.isnan(loss_sum.mean(identity))
+    assert loss_sum.sums().tolist() == [0.0, 0.0]
     loss_sum.update(torch.tensor(2.0), 0)
     assert loss_sum.local_mean() is None
     loss_sum.update(torch.tensor(2.0), 4)
-    assert loss_sum.local_mean() == loss_sum.mean(identity) == 2.0
+    assert loss_sum.local_mean() == 2.0
+    assert loss_sum.sums().tolist() == [8.0, 4.0]
     loss_sum.reset()
     assert loss_sum.local_mean() is None
-    assert math.isnan(loss_sum.mean(identity))
+    assert loss_sum.sums().tolist() == [0.0, 0.0]
     loss_sum.update(torch.tensor(3.0), 2)
     assert loss_sum.local_mean() == 3.0
 
@@ -288,15 +284,12 @@ def test_a_loss_that_is_not_finite_counts_unless_it_is_to_be_left_out(loss: floa
         assert mean == (2 + 3 * 6) / 4 if skips else str(mean) == str(loss)
 
 
-def test_mean_over_processes_is_weighed_and_takes_one_reduction() -> None:
+def test_the_sums_of_processes_add_up_to_a_mean_that_is_weighed() -> None:
     here, there = LossSum(CPU), LossSum(CPU)
     here.update(torch.tensor(2.0), 1)
     there.update(torch.tensor(5.0), 3)
-    parts: list[Tensor] = []
-    there.mean(lambda sums: parts.append(sums) or sums)  # type: ignore[func-returns-value]
-    calls = []
-    assert here.mean(lambda sums: calls.append(1) or sums + parts[0]) == (2 + 3 * 5) / 4  # type: ignore[func-returns-value]
-    assert len(calls) == 1
+    total, num_items = (here.sums() + there.sums()).tolist()
+    assert total / num_items == (2 + 3 * 5) / 4
     assert here.local_mean() == 2.0
 
 
@@ -331,7 +324,7 @@ def growth(function: Callable[[], None]) -> int:
 
 
 def test_memory_does_not_grow_with_steps() -> None:
-    loss, loss_sum, window = torch.tensor(1.0), LossSum(CPU), AccumulationWindow(2, 1, identity, CPU)
+    loss, loss_sum, window = torch.tensor(1.0), LossSum(CPU), AccumulationWindow(2, 1, lambda sums: sums, CPU)
 
     def step(num_items: Any, total_items: int | None) -> None:
         loss_sum.update(loss, num_items)

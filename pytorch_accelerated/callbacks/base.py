@@ -264,7 +264,7 @@ class CallbackHandler:
             event: the name of the event.
             trainer: passed to each callback.
             error: an exception that is on its way. What callbacks raise becomes a note of it, so that neither hides it.
-            **kwargs: passed to each callback.
+            **kwargs: passed to each callback; once one has failed, ``exception`` is that failure where it was None.
 
         Raises:
             Exception: the first that a callback raised, where there is no ``error``; all have been called by then.
@@ -276,6 +276,8 @@ class CallbackHandler:
             except Exception as second:
                 if error is None and first is None:
                     first = second
+                    if "exception" in kwargs:
+                        kwargs["exception"] = first  # those after it must not take the end for a good one
                     continue
                 name = getattr(listener, "__qualname__", repr(listener))
                 (error or first).add_note(  # type: ignore[union-attr]  # one of them is there

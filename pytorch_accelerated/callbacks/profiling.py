@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import time
 import warnings
@@ -20,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, schedule, supported_activi
 
 from pytorch_accelerated import distributed
 from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.metrics_log import replace_file, write_whole
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -178,23 +178,13 @@ class ProfilerCallback(TrainerCallback):
         process = trainer.accelerator.process_index
         moment = f"run{trainer.num_runs_started}_update{trainer.num_updates}_process{process}"
         trace, table = self.directory / f"trace_{moment}.json", self.directory / f"table_{moment}.txt"
-        _replace(trace, lambda path: profiler.export_chrome_trace(str(path)))
+        replace_file(trace, lambda path: profiler.export_chrome_trace(str(path)))
         averages = profiler.key_averages(group_by_input_shape=self.record_shapes)
         sort_by = self.sort_by or ("self_device_time_total" if is_on_device else "self_cpu_time_total")
-        _replace(table, lambda path: path.write_text(averages.table(sort_by, row_limit=-1), encoding="utf-8"))
+        write_whole(table, averages.table(sort_by, row_limit=-1).encode())
         self._num_traces += 1
         trainer.print(f"Profiled {num_recorded} whole update(s) until update {trainer.num_updates}: {trace}, {table}")
         trainer.print(averages.table(sort_by, row_limit=self.row_limit))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` write a file, which appears at ``path`` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass

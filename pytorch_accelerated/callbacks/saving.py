@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -28,6 +28,7 @@ from pytorch_accelerated.checkpoint import (
     write_together,
 )
 from pytorch_accelerated.errors import CheckpointError, TrainingInterrupted
+from pytorch_accelerated.run_directory import CHECKPOINTS
 from pytorch_accelerated.schedulers import WSDLrScheduler
 from pytorch_accelerated.signals import SignalWatch
 
@@ -46,6 +47,9 @@ _REASONS = {
 _CODES = {reason: code for code, reason in _REASONS.items()}
 
 
+_BEST_MODEL = "best_model.safetensors"
+
+
 class SaveTrainingStateCallback(TrainerCallback):
     """Save the state of the run, so that ``train(resume_from="latest")`` goes on to the bit as if nothing had happened.
 
@@ -57,10 +61,12 @@ class SaveTrainingStateCallback(TrainerCallback):
     """
 
     order = 2
+    save_dir: Path
+    """Where checkpoints are, once a run has begun."""
 
     def __init__(
         self,
-        save_dir: str | Path,
+        save_dir: str | Path | None = None,
         save_every_n_updates: int | None = None,
         save_every_n_epochs: int | None = None,
         save_every_n_seconds: float | None = None,
@@ -73,7 +79,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         """Take where and when to save; without any interval, at the end and when the run is asked to stop.
 
         Args:
-            save_dir: holds one directory for each checkpoint.
+            save_dir: holds one directory for each checkpoint; None for ``checkpoints`` in the run directory.
             save_every_n_updates: counted over the whole run.
             save_every_n_epochs: after the evaluation of each n-th epoch.
             save_every_n_seconds: since the last one; by the main process's clock.
@@ -100,7 +106,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         for name, seconds in {"save_every_n_seconds": save_every_n_seconds, "time_budget": time_budget}.items():
             if seconds is not None and seconds <= 0:
                 raise ValueError(f"{name} must be above 0 seconds, or None, got {seconds}.")
-        self.save_dir = Path(save_dir)
+        self.given_dir = None if save_dir is None else Path(save_dir)
         self.save_every_n_updates = save_every_n_updates
         self.save_every_n_epochs = save_every_n_epochs
         self.save_every_n_seconds = save_every_n_seconds
@@ -111,7 +117,6 @@ class SaveTrainingStateCallback(TrainerCallback):
         self.save_on_exception = save_on_exception
         self.latest: Path | None = None
         """The newest checkpoint of the run that is known to be whole."""
-        self._store = CheckpointStore(self.save_dir, max_checkpoints, type(self).__name__)
         self._signals = SignalWatch()
         self._in_background: Future[Path] | None = None
         self._executor: ThreadPoolExecutor | None = None
@@ -121,8 +126,15 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._is_stopping = False
 
     def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Begin to watch for signals, and check that it is possible to save. Raises CheckpointError if not."""
+        """Begin to watch for signals, and check that it is possible to save.
+
+        Raises:
+            CheckpointError: if it is not.
+            ValueError: if there is no place to save.
+        """
         check_can_save(trainer)
+        self.save_dir = _choose_directory(trainer, self, self.given_dir)
+        self._store = CheckpointStore(self.save_dir, self.max_checkpoints, type(self).__name__)
         run = trainer.training_run
         self.latest = run.checkpoint.path if run.checkpoint is not None else None
         distributed.on_main_process(trainer.accelerator, self._store.prepare, CheckpointError)
@@ -285,18 +297,19 @@ class WSDCheckpointCallback(TrainerCallback):
     """
 
     order = 1
+    save_dir: Path
+    """Where the checkpoint is, once a run has begun."""
 
-    def __init__(self, save_dir: str | Path) -> None:
-        """Take the directory for the checkpoint."""
-        self.save_dir = Path(save_dir)
-        self._store = CheckpointStore(self.save_dir, None, type(self).__name__)
+    def __init__(self, save_dir: str | Path | None = None) -> None:
+        """Take the directory for the checkpoint; None for ``checkpoints`` in the run directory."""
+        self.given_dir = None if save_dir is None else Path(save_dir)
 
     def on_train_run_begin(self, trainer: Trainer, **kwargs: Any) -> None:
         """Check that there is such a schedule, and that it is possible to save.
 
         Raises:
             CheckpointError: if it is not possible to save.
-            ValueError: if there is no such schedule.
+            ValueError: if there is no such schedule, or no place to save.
         """
         if not isinstance(trainer.scheduler, WSDLrScheduler):
             raise ValueError(
@@ -304,6 +317,8 @@ class WSDCheckpointCallback(TrainerCallback):
                 "train(create_scheduler_fn=WSDLrScheduler.create_scheduler_fn(decay_phase_ratio=0.2))."
             )
         check_can_save(trainer)
+        self.save_dir = _choose_directory(trainer, self, self.given_dir)
+        self._store = CheckpointStore(self.save_dir, None, type(self).__name__)
         distributed.on_main_process(trainer.accelerator, self._store.prepare, CheckpointError)
 
     def on_train_update_end(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -325,7 +340,7 @@ class SaveBestModelCallback(MetricWatcher):
 
     def __init__(
         self,
-        save_path: str | Path = "best_model.safetensors",
+        save_path: str | Path | None = None,
         watch_metric: str = "eval_loss_epoch",
         greater_is_better: bool | None = None,
         reset_on_train: bool = True,
@@ -335,7 +350,8 @@ class SaveBestModelCallback(MetricWatcher):
         """Take what to watch and where to save.
 
         Args:
-            save_path: ends in ``.safetensors`` for weights alone, in something else for a file of torch.
+            save_path: ends in ``.safetensors`` for weights alone, in something else for a file of torch. None for
+                ``best_model.safetensors``, in the run directory if there is one.
             watch_metric: name of the metric in the run history. A NaN is never the best.
             greater_is_better: the direction; may be left out only for the trainer's own losses.
             reset_on_train: whether a new training run forgets the best value.
@@ -346,7 +362,8 @@ class SaveBestModelCallback(MetricWatcher):
             ValueError: if the direction is missing, or the file cannot hold an optimizer.
         """
         super().__init__(watch_metric, greater_is_better)
-        self.save_path = Path(save_path)
+        self._given_path = None if save_path is None else Path(save_path)
+        self.save_path = self._given_path or Path(_BEST_MODEL)
         if save_optimizer and self.save_path.suffix == ".safetensors":
             raise ValueError(f"{self.save_path.name}: files of safetensors hold weights alone; choose .pt.")
         self.name = f"{watch_metric}:{self.save_path.name}"
@@ -364,6 +381,7 @@ class SaveBestModelCallback(MetricWatcher):
             ValueError: if the metric cannot appear.
         """
         super().on_train_run_begin(trainer, **kwargs)
+        self.save_path = self._given_path or (trainer.run_dir or Path()) / _BEST_MODEL
         if self.reset_on_train:
             self.best_value, self._run_id = None, None
         distributed.on_main_process(trainer.accelerator, partial(prepare_directory, self.save_path), CheckpointError)
@@ -428,9 +446,26 @@ class SaveBestModelCallback(MetricWatcher):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the best value and the run it is of."""
         self.best_value, self._run_id = state_dict["best_value"], state_dict["run_id"]
+        if self._given_path is None and not self.save_path.exists():
+            self.best_value = None  # a run that goes on from an older checkpoint has a directory without it
 
 
-def save_directories(callbacks: Iterable[TrainerCallback]) -> list[Path]:
-    """Return the directories in which callbacks save the state of the run."""
+def save_directories(trainer: Trainer) -> list[Path]:
+    """Return the directories in which callbacks save the state of the run, or have saved that of an earlier one."""
     kinds = (SaveTrainingStateCallback, WSDCheckpointCallback)
-    return [callback.save_dir for callback in callbacks if isinstance(callback, kinds)]
+    in_run_dir = None if trainer.recorder is None else trainer.recorder.find_checkpoints()
+    given = [callback.given_dir for callback in trainer.callback_handler if isinstance(callback, kinds)]
+    found = [directory if directory is not None else in_run_dir for directory in given]
+    return [directory for directory in dict.fromkeys(found) if directory is not None]
+
+
+def _choose_directory(trainer: Trainer, callback: TrainerCallback, given: Path | None) -> Path:
+    """Return where a callback is to save. Raises ValueError if it was not told, and there is no run directory."""
+    if given is not None:
+        return given
+    if trainer.run_dir is None:
+        raise ValueError(
+            f"{type(callback).__name__} was given no save_dir, and there is no run directory to save in. Give one of "
+            "them: Trainer(run_dir=...)."
+        )
+    return trainer.run_dir / CHECKPOINTS

@@ -17,6 +17,7 @@ from pytorch_accelerated.checkpoint.content import (
 )
 from pytorch_accelerated.checkpoint.files import (
     find_newest,
+    is_superseded,
     list_checkpoints,
     read_manifest,
     verify,
@@ -36,6 +37,7 @@ __all__ = [
     "find",
     "find_newest",
     "hyperparameters_of",
+    "is_superseded",
     "list_checkpoints",
     "load_portable",
     "load_state",

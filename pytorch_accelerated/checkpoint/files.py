@@ -56,6 +56,17 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
+def is_superseded(path: Path) -> bool:
+    """Return whether the directory of a checkpoint holds a newer one that is whole."""
+    for newer in list_checkpoints(path.parent):
+        if newer.name == path.name:
+            break
+        with suppress(CheckpointError):  # a damaged one does not count
+            verify(newer)
+            return True
+    return False
+
+
 def next_sequence(directory: Path) -> int:
     """Return the number for the next checkpoint in a directory."""
     newest = next(iter(list_checkpoints(directory)), None)
