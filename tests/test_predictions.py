@@ -109,7 +109,9 @@ def predict_twice(directory: str, cases: list[tuple[int, int, bool]], with_texts
 
 
 @pytest.mark.parametrize("with_texts", [False, True])
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize(
+    "num_processes", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_a_file_holds_what_predict_returns(num_processes: int, with_texts: bool, tmp_path: Path) -> None:
     """Sizes 1 to 13, batches 1 to 5, map-style and iterable; also fewer samples than processes."""
     cases = [(size, batch_size, (size + batch_size) % 2 == 0) for size, batch_size in product(SIZES, range(1, 6))]

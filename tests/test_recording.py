@@ -500,7 +500,9 @@ def check_tensorboard(run: Path, rows: list[dict[str, Any]]) -> None:
         assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
 
 
-@pytest.mark.parametrize("update", [1, 3, 4, 6, 7, 11, 17])
+@pytest.mark.parametrize(
+    "update", [1, 4, 6, 11, *(pytest.param(update, marks=pytest.mark.slow) for update in (3, 7, 17))]
+)
 def test_a_run_that_went_on_has_the_log_of_one_that_was_left_alone(tmp_path: Path, update: int) -> None:
     whole = train_with_log(tmp_path / "whole", every=3)
     with pytest.raises(Interruption):

@@ -134,6 +134,7 @@ def find(records: list[Any], kind: str) -> list[Any]:
     return [getattr(record, kind) for record in records if record.WhichOneof("record_type") == kind]
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_wandb_offline_has_every_value_and_every_counter(accelerator: Accelerator, place: Path) -> None:
     wanted = {"wandb": {"mode": "offline", "tags": ["a"]}}
@@ -177,6 +178,7 @@ def test_wandb_offline_has_every_value_and_every_counter(accelerator: Accelerato
     assert not list((place / "cwd").iterdir())
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_wandb_offline_has_every_kind_of_media(accelerator: Accelerator, place: Path) -> None:
     (tracker,) = open_them(accelerator, {"wandb": {"mode": "offline"}}, place)
@@ -210,6 +212,7 @@ def test_wandb_offline_has_every_kind_of_media(accelerator: Accelerator, place: 
     assert find(records, "exit")[0].exit_code == 1
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_wandb_goes_on_in_the_same_run(accelerator: Accelerator, place: Path) -> None:
     wanted: dict[str, Any] = {"wandb": {"mode": "offline"}}
@@ -229,6 +232,7 @@ def test_wandb_goes_on_in_the_same_run(accelerator: Accelerator, place: Path) ->
     tracker.finish("finished")
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_wandb_without_a_key_is_one_clear_error(
     accelerator: Accelerator, place: Path, monkeypatch: pytest.MonkeyPatch
