@@ -88,7 +88,7 @@ def gather(accelerator: Accelerator, data: Any, padding_value: float | None = No
         return _rebuild(
             data, {key: gather(accelerator, value, padding_value, contributes) for key, value in data.items()}
         )
-    if isinstance(data, list | tuple) and _has_tensor(data) and not _is_rows(data):
+    if is_nested(data):
         return _rebuild(data, [gather(accelerator, value, padding_value, contributes) for value in data])
     if data is None:
         return None
@@ -131,7 +131,7 @@ def concatenate(parts: list[Any]) -> Any:
         return _rebuild(first, {key: concatenate([part[key] for part in parts]) for key in first})
     if first is None:
         return None
-    if _has_tensor(first) and not _is_rows(first):
+    if is_nested(first):
         if len({len(part) for part in parts}) > 1:
             raise ValueError(
                 "the outputs of different batches cannot be joined, they have "
@@ -142,9 +142,13 @@ def concatenate(parts: list[Any]) -> Any:
     return [row for part in parts for row in part]
 
 
-def _is_rows(data: Any) -> bool:
-    """Return whether a list holds one dict for each sample, as object detectors return it."""
-    return isinstance(data, list) and all(isinstance(row, Mapping) for row in data)
+def is_nested(data: Any) -> bool:
+    """Return whether a list or tuple holds parts of the output of a batch, and not one object for each sample.
+
+    A list of dicts holds one for each sample, as object detectors return it.
+    """
+    is_rows = isinstance(data, list) and all(isinstance(row, Mapping) for row in data)
+    return isinstance(data, list | tuple) and _has_tensor(data) and not is_rows
 
 
 def _has_tensor(data: Any) -> bool:

@@ -468,9 +468,8 @@ class DataPass:
             return value
         if self._is_on_host:
             return float(value)
-        return torch.full(
-            (), float(value), dtype=torch.float32, device=self._device
-        )  # filled there: nothing is waited for
+        # Filled there, for which nothing is waited.
+        return torch.full((), float(value), dtype=torch.float32, device=self._device)
 
     def sums_so_far(self) -> dict[str, tuple[float, float]]:
         """Return the sums of loss and other scalars so far, each with the items it is of, over all processes.

@@ -234,7 +234,7 @@ def _add_columns(columns: Columns, name: str, data: Any, suffix: str) -> None:
     elif isinstance(data, Mapping):
         for key, value in data.items():
             _add_columns(columns, f"{name}.{key}" if name else str(key), value, suffix)
-    elif _is_nested(data):
+    elif distributed.is_nested(data):
         if hasattr(data, "_fields"):  # a named tuple
             _add_columns(columns, name, dict(zip(data._fields, data, strict=True)), suffix)
         else:
@@ -251,19 +251,6 @@ def _add_columns(columns: Columns, name: str, data: Any, suffix: str) -> None:
             f"cannot write {type(data).__name__} (column {own_name!r}); expected tensors, nested tuples, lists and "
             "dicts of tensors, or lists of one object for each sample. Override calculate_predictions to return such."
         )
-
-
-def _is_nested(data: Any) -> bool:
-    """Return whether a list or tuple holds parts of the output of a batch, and not one object for each sample."""
-    if not isinstance(data, list | tuple) or (isinstance(data, list) and all(isinstance(row, Mapping) for row in data)):
-        return False
-    return any(_holds_tensor(value) for value in data)
-
-
-def _holds_tensor(data: Any) -> bool:
-    if isinstance(data, Mapping):
-        return any(_holds_tensor(value) for value in data.values())
-    return isinstance(data, Tensor) or (isinstance(data, list | tuple) and any(_holds_tensor(value) for value in data))
 
 
 def _as_array(tensor: Tensor, name: str, suffix: str) -> np.ndarray[Any, Any]:

@@ -178,22 +178,22 @@ class OpenRunDirectory:
             num_rows: rows that the log is about to be cut to.
             num_media: rows that the index of media is about to be cut to.
         """
-        rows, media = _rows_after(self.log.path, num_rows), _rows_after(self.media.path, num_media)
+        rows, media = _read(self.log.path)[num_rows:], _read(self.media.path)[num_media:]
         cut = Counter((row["num_updates"], *sorted(row.keys() - set(COUNTERS))) for row in rows)
         cut.update((row["num_updates"], row["kind"], row["name"]) for row in media)
         file = RowFile(self.path / _DELIVERED)
-        earlier = Counter(tuple(row["key"]) for row in _rows_after(file.path, 0))
+        earlier = Counter(tuple(row["key"]) for row in _read(file.path))
         delivered = Counter({key: n for key, n in (cut | earlier).items() if key[0] >= num_updates})
         file.replace({"key": key} for key in delivered.elements())
         return delivered
 
     def begin_log(self, source: Path, num_rows: int, num_media: int) -> int:
         """Let the log consist of the first rows of another, or its own; return how many rows it lacks."""
-        rows = _first_rows(source / METRICS, num_rows)
+        rows = _read(source / METRICS)[:num_rows]
         self.log.replace(rows)
         if rows:
             self.table.rewrite(rows)
-        media = _first_rows(source / MEDIA / "index.jsonl", num_media)
+        media = _read(source / MEDIA / "index.jsonl")[:num_media]
         if media or self.media.num_rows:
             self.media.path.parent.mkdir(exist_ok=True)
             self.media.replace(media)
@@ -287,12 +287,8 @@ def read_run(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _rows_after(path: Path, number: int) -> list[dict[str, Any]]:
-    return read_rows(path)[number:] if path.exists() else []
-
-
-def _first_rows(path: Path, number: int) -> list[dict[str, Any]]:
-    return read_rows(path)[:number] if path.exists() else []
+def _read(path: Path) -> list[dict[str, Any]]:
+    return read_rows(path) if path.exists() else []
 
 
 def _leave_out_index(directory: str, names: list[str]) -> list[str]:

@@ -178,8 +178,9 @@ class RecordingCallback(TrainerCallback):
         model = trainer.get_model()
         if trainer.accelerator.is_main_process:
             counters = self._counters(trainer)
-            send = partial(partial, model=model, example=example, counters=counters, name=name)
-            self._dispatch(trainer, "model", name, lambda tracker: send(tracker.log_model))
+            self._dispatch(
+                trainer, "model", name, lambda tracker: partial(tracker.log_model, model, example, counters, name)
+            )
 
     def _dispatch(self, trainer: Trainer, kind: str, name: str, make: Callable[[Tracker], Callable[[], None]]) -> None:
         """Send something to the trackers that take its kind; of those that do not it is said once."""
