@@ -99,6 +99,17 @@ class TrainingInterrupted(SystemExit):
         return type(self), (self.reason, self.code, self.checkpoint)
 
 
+def outcome_of(exception: BaseException | None) -> str:
+    """Return how a run has ended: ``"finished"``, ``"failed"`` or ``"interrupted"``.
+
+    Args:
+        exception: what its end events were told; None where nothing was raised.
+    """
+    if isinstance(exception, TrainingInterrupted | KeyboardInterrupt):
+        return "interrupted"
+    return "finished" if exception is None else "failed"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence, with a leading space, that proposes the known name most like ``name``; empty if none is."""
     close = difflib.get_close_matches(name, list(known), n=1)

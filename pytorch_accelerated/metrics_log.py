@@ -84,15 +84,22 @@ def encode(data: Mapping[str, Any], indent: int | None = None) -> bytes:
     return json.dumps(_as_json(data), ensure_ascii=False, allow_nan=False, indent=indent).encode() + b"\n"
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, missing_ok: bool = False) -> list[dict[str, Any]]:
     """Return the rows of a file, numbers that are not finite as such.
 
     A last line without an end, as a process that was killed may leave behind, is no row.
 
+    Args:
+        path: of the file.
+        missing_ok: whether a file that is not there has no rows.
+
     Raises:
+        FileNotFoundError: if there is no file, and there must be one.
         ValueError: if another line is no row.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if missing_ok and not path.exists():
+        return rows
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 RUN, METRICS, TABLE, PRINTED, MEDIA = "run.json", "metrics.jsonl", "metrics.csv", "log.txt", "media"
 """The files of a run directory: its facts, its log and the table of it, what was printed, images and the like."""
 
+MEDIA_INDEX = f"{MEDIA}/index.jsonl"
+"""The file with a row for each of the images and the like."""
+
 CHECKPOINTS = "checkpoints"
 """The directory in a run directory that holds the checkpoints."""
 
@@ -84,7 +87,7 @@ class OpenRunDirectory:
         self.facts: dict[str, Any] = read_run(path) if (path / RUN).exists() else {}
         self.log = RowFile(path / METRICS)
         self.table = Table(path / TABLE)
-        self.media = RowFile(path / MEDIA / "index.jsonl")
+        self.media = RowFile(path / MEDIA_INDEX)
 
     @classmethod
     def create(cls, base: Path) -> OpenRunDirectory:
@@ -178,22 +181,23 @@ class OpenRunDirectory:
             num_rows: rows that the log is about to be cut to.
             num_media: rows that the index of media is about to be cut to.
         """
-        rows, media = _read(self.log.path)[num_rows:], _read(self.media.path)[num_media:]
+        rows = read_rows(self.log.path, missing_ok=True)[num_rows:]
+        media = read_rows(self.media.path, missing_ok=True)[num_media:]
         cut = Counter((row["num_updates"], *sorted(row.keys() - set(COUNTERS))) for row in rows)
         cut.update((row["num_updates"], row["kind"], row["name"]) for row in media)
         file = RowFile(self.path / _DELIVERED)
-        earlier = Counter(tuple(row["key"]) for row in _read(file.path))
+        earlier = Counter(tuple(row["key"]) for row in read_rows(file.path, missing_ok=True))
         delivered = Counter({key: n for key, n in (cut | earlier).items() if key[0] >= num_updates})
         file.replace({"key": key} for key in delivered.elements())
         return delivered
 
     def begin_log(self, source: Path, num_rows: int, num_media: int) -> int:
         """Let the log consist of the first rows of another, or its own; return how many rows it lacks."""
-        rows = _read(source / METRICS)[:num_rows]
+        rows = read_rows(source / METRICS, missing_ok=True)[:num_rows]
         self.log.replace(rows)
         if rows:
             self.table.rewrite(rows)
-        media = _read(source / MEDIA / "index.jsonl")[:num_media]
+        media = read_rows(source / MEDIA_INDEX, missing_ok=True)[:num_media]
         if media or self.media.num_rows:
             self.media.path.parent.mkdir(exist_ok=True)
             self.media.replace(media)
@@ -287,12 +291,8 @@ def read_run(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return read_rows(path) if path.exists() else []
-
-
 def _leave_out_index(directory: str, names: list[str]) -> list[str]:
-    return [name for name in names if name == "index.jsonl" and Path(directory).name == MEDIA]
+    return [name for name in names if f"{Path(directory).name}/{name}" == MEDIA_INDEX]
 
 
 def _now() -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.progress import RunSummary
-from pytorch_accelerated.errors import TrainingInterrupted, did_you_mean
+from pytorch_accelerated.errors import did_you_mean, outcome_of
 from pytorch_accelerated.metrics_log import is_number
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Moment = Literal["begin", "end", "failure", "interruption"]
 
 _MOMENTS = ("begin", "end", "failure", "interruption")
-_OUTCOMES = {"end": "finished", "failure": "failed", "interruption": "interrupted"}
+_MOMENT_OF = {"finished": "end", "failed": "failure", "interrupted": "interruption"}
 _MAX_MESSAGE = 2000  # characters of an exception's message, or of a command's output
 
 
@@ -392,7 +392,7 @@ class NotificationCallback(TrainerCallback):
         self._num_seen |= state_dict["num_seen"]
 
     def _tell_end(self, trainer: Trainer, exception: BaseException | None) -> None:
-        moment = _moment_of(exception)
+        moment = _MOMENT_OF[outcome_of(exception)]
         if moment in self.on:
             what = {"end": "training has finished", "interruption": "training was interrupted"}.get(moment, "")
             lines = [f"Stopped early: {self._stop_message}"] if self._stop_message and exception is None else []
@@ -551,11 +551,11 @@ class CommandAtEndCallback(TrainerCallback):
         self._run(trainer, exception)
 
     def _run(self, trainer: Trainer, exception: BaseException | None) -> None:
-        moment = _moment_of(exception)
-        if moment not in self.on or not trainer.accelerator.is_main_process:
+        outcome = outcome_of(exception)
+        if _MOMENT_OF[outcome] not in self.on or not trainer.accelerator.is_main_process:
             return
         facts = {
-            "PT_ACC_OUTCOME": _OUTCOMES[moment],
+            "PT_ACC_OUTCOME": outcome,
             "PT_ACC_RUN_DIR": str(trainer.run_dir or ""),
             "PT_ACC_NUM_UPDATES": str(trainer.num_updates),
         }
@@ -600,12 +600,6 @@ def _check_moments(on: Iterable[Moment], known: Sequence[str]) -> frozenset[str]
     if unknown := sorted(moments - set(known)):
         raise ValueError(f"on={unknown[0]!r} is no moment; there are {', '.join(known)}.")
     return moments
-
-
-def _moment_of(exception: BaseException | None) -> str:
-    if exception is None:
-        return "end"
-    return "interruption" if isinstance(exception, TrainingInterrupted | KeyboardInterrupt) else "failure"
 
 
 def _describe_failure(exception: BaseException) -> list[str]:

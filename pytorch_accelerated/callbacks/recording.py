@@ -19,7 +19,7 @@ from pytorch_accelerated import distributed
 from pytorch_accelerated import run_directory as directories
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.checkpoint import is_superseded, list_checkpoints
-from pytorch_accelerated.errors import RunDirectoryError, TrackerError, TrainingInterrupted
+from pytorch_accelerated.errors import RunDirectoryError, TrackerError, outcome_of
 from pytorch_accelerated.media import prepare_media
 from pytorch_accelerated.metrics_log import COUNTERS
 from pytorch_accelerated.run_directory import OpenRunDirectory, RunDirectory
@@ -199,7 +199,7 @@ class RecordingCallback(TrainerCallback):
         """Note how the session in progress ended, if there is one."""
         if self._directory is not None and self._directory.facts.get("sessions"):
             error = None if exception is None else f"{type(exception).__name__}: {exception}"
-            self._directory.end_session(_outcome_of(exception), error, self._stopped)
+            self._directory.end_session(outcome_of(exception), error, self._stopped)
 
     def close(self, trainer: Trainer, exception: BaseException | None) -> None:
         """Finish the trackers, and let others use the directory."""
@@ -211,7 +211,7 @@ class RecordingCallback(TrainerCallback):
                     self._guarded(trainer, tracker, partial(tracker.log_file, path, counters))
         finished, self._trackers = self._trackers, []
         for tracker in finished:
-            self._guarded(trainer, tracker, partial(tracker.finish, _outcome_of(exception)))
+            self._guarded(trainer, tracker, partial(tracker.finish, outcome_of(exception)))
         self.is_due, self._num_rows, self._num_media = False, 0, 0
         self._seconds_before, self._start = self._seconds(), None
         if self._directory is not None:
@@ -592,12 +592,6 @@ class ClosingCallback(TrainerCallback):
         """Do the same after an evaluation by itself."""
         if not self._recorder.is_training:
             self._recorder.close(trainer, exception)
-
-
-def _outcome_of(exception: BaseException | None) -> str:
-    if isinstance(exception, TrainingInterrupted | KeyboardInterrupt):
-        return "interrupted"
-    return "finished" if exception is None else "failed"
 
 
 def _is_last_update(trainer: Trainer) -> bool:

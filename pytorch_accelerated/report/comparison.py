@@ -64,12 +64,13 @@ def compare_runs(runs: Sequence[str | Path], best: Mapping[str, str] | None = No
         RunDirectoryError: if there is no run at a path, or it cannot be read.
         ValueError: if ``best`` names a metric that no run has, or another direction.
     """
-    return table_of([*load_runs([Path(run) for run in runs])], best or {})
+    loaded = load_runs([Path(run) for run in runs])
+    check_directions(best or {}, loaded)
+    return table_of(loaded, best or {})
 
 
 def table_of(runs: list[Run], best: Mapping[str, str]) -> RunTable:
-    """Return the table of runs that have been read; see ``compare_runs``."""
-    check_directions(best, runs)
+    """Return the table of runs that have been read, with directions that have been checked; see ``compare_runs``."""
     names = dict.fromkeys(name for run in runs for name in run.curves if _is_metric(name) or name in best)
     metrics = {name: [run.best_of(name, best) for run in runs] for name in sorted(names, key=_metric_order)}
     reached = [int(run.positions["updates"][-1]) if run.rows else 0 for run in runs]

@@ -170,18 +170,10 @@ def _show_metrics(run: Run, directions: Mapping[str, str]) -> str:
     rows: list[tuple[Any, ...]] = []
     for name, curve in run.curves.items():
         best = run.best_of(name, directions)
-        is_known = best is not None and best.kind != "last"
-        rows.append(
-            (
-                name,
-                float(curve.values[-1]),
-                best.value if is_known and best else "",
-                best.update if is_known and best else "",
-                len(curve.values),
-                float(curve.values[np.isfinite(curve.values)].min()) if np.isfinite(curve.values).any() else "",
-                float(curve.values[np.isfinite(curve.values)].max()) if np.isfinite(curve.values).any() else "",
-            )
-        )
+        marked = ("", "") if best is None or best.kind == "last" else (best.value, best.update)
+        finite = curve.values[np.isfinite(curve.values)]
+        extremes = (float(finite.min()), float(finite.max())) if len(finite) else ("", "")
+        rows.append((name, float(curve.values[-1]), *marked, len(curve.values), *extremes))
     heads = ["value", "last", "best", "at update", "number", "lowest", "highest"]
     parts = [table(heads, rows, numeric=range(1, 7), name="All values")] if rows else []
     if run.others:

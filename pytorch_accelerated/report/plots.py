@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from pytorch_accelerated.report.charts import Chart, thin
 from pytorch_accelerated.report.markup import EXTRA
 from pytorch_accelerated.report.predictions import class_name
 from pytorch_accelerated.report.style import LIGHT
+from pytorch_accelerated.report.svg import NUM_COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 PLOTS = "plots"
 """The directory in a run directory that holds the PNG files."""
 
-_COLOURS = [LIGHT[f"line-{number}"] for number in range(8)]
+_COLOURS = [LIGHT[f"line-{number}"] for number in range(NUM_COLOURS)]
 _MAX_CELLS_WITH_NUMBERS = 20
 _MAX_POINTS = 3000  # of a line; matplotlib refuses very long ones
 
@@ -43,14 +45,12 @@ def check_matplotlib() -> None:
 def write_plots(directory: Path, charts: Sequence[Chart], predictions: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write a PNG for each chart and each set of predictions into ``directory``, and return the paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    written = []
-    for chart in charts:
-        written.append(_write(directory / f"{chart.slug}.png", lambda figure, chart=chart: _plot(figure, chart)))  # type: ignore[misc]  # a default argument has no type
+    written = [_write(directory / f"{chart.slug}.png", partial(_plot, chart=chart)) for chart in charts]
+    draw = {"classification": _plot_confusion, "regression": _plot_scatter, "attention": _plot_attention}
     for facts in predictions:
-        draw = {"classification": _plot_confusion, "regression": _plot_scatter, "attention": _plot_attention}
-        path = directory / f"{facts['task']}-{facts['file']}.png"
-        if facts["task"] != "classification" or "confusion" in facts["arrays"]:
-            written.append(_write(path, lambda figure, facts=facts, draw=draw: draw[facts["task"]](figure, facts)))  # type: ignore[misc]
+        task = facts["task"]
+        if task != "classification" or "confusion" in facts["arrays"]:
+            written.append(_write(directory / f"{task}-{facts['file']}.png", partial(draw[task], facts=facts)))
     return written
 
 
@@ -70,16 +70,15 @@ def _write(path: Path, draw: Callable[[Figure], None]) -> Path:
 
 def _plot(figure: Figure, chart: Chart) -> None:
     axes: Axes = figure.add_subplot()
-    for number, line in enumerate(chart.lines):
-        colour = _COLOURS[number % len(_COLOURS)]
+    for line in chart.lines:
         values = np.where(np.isfinite(line.values), line.values, np.nan)
         axes.plot(
             *thin(line.positions["updates"], values, _MAX_POINTS),
-            color=colour,
+            color=_COLOURS[line.number % NUM_COLOURS],
             marker="o" if line.has_points else "",
             markersize=3,
             linewidth=1.4,
-            linestyle="-" if number < len(_COLOURS) else "--",
+            linestyle="-" if line.number < NUM_COLOURS else "--",
             label=_plain(line.name),
         )
     for mark in chart.starts:

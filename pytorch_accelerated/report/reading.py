@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytorch_accelerated.metrics_log import COUNTERS, is_loss, is_number, read_rows
-from pytorch_accelerated.run_directory import MEDIA, METRICS, REPORT_DATA, find_runs, read_run
+from pytorch_accelerated.run_directory import MEDIA_INDEX, METRICS, REPORT_DATA, find_runs, read_run
 
 Numbers = NDArray[np.float64]
 
@@ -113,9 +113,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _load(path: Path, name: str) -> Run:
-    rows = read_rows(path / METRICS) if (path / METRICS).is_file() else []
-    index = path / MEDIA / "index.jsonl"
-    media = read_rows(index) if index.is_file() else []
+    rows, media = (read_rows(path / name, missing_ok=True) for name in (METRICS, MEDIA_INDEX))
     curves, others = _find_curves(rows)
     return Run(path, name, read_run(path), rows, media, curves, others, _find_positions(rows))
 

@@ -51,7 +51,7 @@ def draw(chart: Chart, axis: str, is_log: bool = False) -> str:
         for line, keep in zip(chart.lines, shown, strict=True):
             content += _draw_line(line, keep, frame, axis)
         content += _draw_bests(chart, frame, axis)
-    return f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{escape(title)}">{"".join(content)}</svg>'
+    return _picture(content, title)
 
 
 def line_class(number: int) -> str:
@@ -137,6 +137,10 @@ def _draw_bests(chart: Chart, frame: _Frame, axis: str) -> list[str]:
     return content
 
 
+def _picture(content: list[str], label: str) -> str:
+    return f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{escape(label)}">{"".join(content)}</svg>'
+
+
 def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
@@ -155,4 +159,4 @@ def draw_scatter(true: Numbers, predicted: Numbers, label: str) -> str:
         content.append('<path class="start" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>'.format(*ends[0], *ends[1]))
         dots = zip(frame.across(true), frame.up(predicted), strict=True)
         content += [f'<circle class="dot l0" cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in dots]
-    return f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{escape(label)}">{"".join(content)}</svg>'
+    return _picture(content, label)

@@ -147,7 +147,7 @@ def as_images(images: Any) -> list[NDArray[np.uint8]]:
                 )
             found += several
     else:
-        pixels = _pixels_of_pil(images) if _is_pil(images) else _as_array(images, "images")
+        pixels = _pixels_of_pil(images) if _is_pil(images) else as_array(images, "images")
         found = [_as_rgb(image) for image in _split_images(pixels, isinstance(images, Tensor))]
     if not found:
         raise ValueError("There are no images to log.")
@@ -165,7 +165,16 @@ def _pixels_of_pil(image: Any) -> Array:
     return np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
 
 
-def _as_array(values: Any, what: str) -> Array:
+def as_array(values: Any, what: str) -> Array:
+    """Return a tensor or array as an array on the host.
+
+    Args:
+        values: tensor or array.
+        what: what it is, for the error.
+
+    Raises:
+        TypeError: if it is neither.
+    """
     if isinstance(values, Tensor):
         values = values.detach()
         if values.dtype in (torch.bfloat16, torch.float16):
@@ -237,7 +246,7 @@ def as_audio(audio: Any) -> NDArray[np.float32]:
         ValueError: if it is empty, out of range, or it cannot be told which dimension is time.
         TypeError: if it is no tensor and no array.
     """
-    samples = _as_array(audio, "audio")
+    samples = as_array(audio, "audio")
     if samples.ndim not in (1, 2) or samples.size == 0:
         raise ValueError(f"Audio has the shape (T,), (channels, T) or (T, channels), got {samples.shape}.")
     if samples.ndim == 2:
@@ -332,7 +341,7 @@ def as_histogram_values(values: Any) -> NDArray[np.float64]:
         TypeError: if they are no numbers.
     """
     listed = [as_plain(value) for value in values] if isinstance(values, (list, tuple)) else values
-    numbers = _as_array(np.asarray(listed) if isinstance(listed, list) else listed, "The values of a histogram")
+    numbers = as_array(np.asarray(listed) if isinstance(listed, list) else listed, "The values of a histogram")
     if numbers.size == 0 or numbers.dtype.kind == "c":
         raise ValueError(f"A histogram needs real numbers, got {_describe(values)}.")
     if numbers.dtype.kind not in "biuf":
@@ -469,17 +478,16 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def encode_figure(figure: Figure, dpi: float | None = None) -> bytes:
+def encode_figure(figure: Figure) -> bytes:
     """Return a matplotlib figure as the bytes of a PNG file; the figure and its canvas stay as they are.
 
     Args:
         figure: the figure.
-        dpi: pixels per inch; None for the figure's own.
     """
     if not callable(getattr(figure, "savefig", None)):
         raise TypeError(f"A figure is a matplotlib.figure.Figure, got {_describe(figure)}.")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi="figure" if dpi is None else dpi)
+    figure.savefig(buffer, format="png", dpi="figure")
     return buffer.getvalue()
 
 
@@ -538,15 +546,14 @@ def save_image(path: Path, image: NDArray[np.uint8]) -> None:
     path.write_bytes(encode_png(image))
 
 
-def save_figure(path: Path, figure: Figure, dpi: float | None = None) -> None:
+def save_figure(path: Path, figure: Figure) -> None:
     """Write a matplotlib figure into a PNG file.
 
     Args:
         path: of the file.
         figure: the figure.
-        dpi: pixels per inch; None for the figure's own.
     """
-    path.write_bytes(encode_figure(figure, dpi))
+    path.write_bytes(encode_figure(figure))
 
 
 def save_wav(path: Path, audio: NDArray[np.float32], sample_rate: int) -> None:

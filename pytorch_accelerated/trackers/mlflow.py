@@ -27,6 +27,7 @@ from pytorch_accelerated.trackers.base import (
 )
 from pytorch_accelerated.trackers.media import (
     Array,
+    as_array,
     as_plain,
     as_text,
     describe_histogram,
@@ -288,11 +289,8 @@ def _on(device: torch.device, example: Any) -> Any:
 
 def _as_arrays(values: Any) -> Any:
     """Return what MLflow tells a signature from: arrays, or a mapping of arrays; None for what it cannot tell."""
-    if isinstance(values, Tensor):
-        values = values.detach().float() if values.dtype in (torch.bfloat16, torch.float16) else values.detach()
-        return values.cpu().numpy()  # waits for the device: the signature is told from it
-    if isinstance(values, np.ndarray):
-        return values
+    if isinstance(values, Tensor | np.ndarray):
+        return as_array(values, "an example")  # waits for the device: the signature is told from it
     if isinstance(values, Mapping) and all(isinstance(value, (Tensor, np.ndarray)) for value in values.values()):
         return {str(name): _as_arrays(value) for name, value in values.items()}
     return None
