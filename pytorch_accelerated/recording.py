@@ -173,7 +173,7 @@ def create_recorder(
     # Not at the top: what no trainer uses is not imported.
     from pytorch_accelerated.callbacks.recording import RecordingCallback
 
-    return RecordingCallback(options, trackers, log_every, config)
+    return RecordingCallback(accelerator, options, trackers, log_every, config)
 
 
 def _find_trackers(accelerator: Accelerator) -> list[Any] | dict[Any, Mapping[str, Any]]:

@@ -750,6 +750,13 @@ def test_what_accelerate_was_given_is_used(tmp_path: Path) -> None:
     assert any(path.name.startswith("events.out") for path in (tmp_path / "project").rglob("*"))
 
 
+def test_the_directory_that_accelerate_was_given_is_one_for_trackers_by_name(tmp_path: Path) -> None:
+    accelerator = Accelerator(project_dir=str(tmp_path))
+    trainer = make_trainer(None, accelerator=accelerator, trackers=["tensorboard"])
+    trainer.train(make_data(8), 1, per_device_batch_size=2)
+    assert any(path.name.startswith("events.out") for path in tmp_path.rglob("*"))
+
+
 def test_trackers_that_the_user_has_started_are_not_finished() -> None:
     legacy = Legacy()
     accelerator = Accelerator(log_with=legacy)

@@ -517,26 +517,26 @@ def test_a_directory_that_cannot_be_made_is_an_error_with_its_cause(accelerator:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_names_are_refused(tmp_path: Path) -> None:
+def test_unknown_names_are_refused(accelerator: Accelerator, tmp_path: Path) -> None:
     with pytest.raises(TrackerError, match=r"There is no tracker 'tensorbord'\. Did you mean 'tensorboard'\?"):
-        check_trackers(["tensorbord"], tmp_path)
+        check_trackers(["tensorbord"], tmp_path, accelerator)
     with pytest.raises(TrackerError, match=r"There is no tracker 'neptune'.*There are .*'wandb'"):
-        check_trackers({"neptune": {}}, tmp_path)
+        check_trackers({"neptune": {}}, tmp_path, accelerator)
     with pytest.raises(TypeError, match=r"trackers takes names .* got <class"):
-        check_trackers([ListTracker], tmp_path)
+        check_trackers([ListTracker], tmp_path, accelerator)
     with pytest.raises(TypeError, match="arguments of the tracker 'wandb' must be a mapping, got 'offline'"):
-        check_trackers({"wandb": "offline"}, tmp_path)  # type: ignore[dict-item]
+        check_trackers({"wandb": "offline"}, tmp_path, accelerator)  # type: ignore[dict-item]
     with pytest.raises(TrackerError, match="There are 2 trackers named 'list'"):
-        check_trackers([ListTracker(), ListTracker()], tmp_path)
-    check_trackers([], None)
-    check_trackers([ListTracker("a"), ListTracker("b")], None)
+        check_trackers([ListTracker(), ListTracker()], tmp_path, accelerator)
+    check_trackers([], None, accelerator)
+    check_trackers([ListTracker("a"), ListTracker("b")], None, accelerator)
 
 
 def test_a_package_that_is_not_installed_is_named(accelerator: Accelerator, tmp_path: Path) -> None:
     missing = next(name for name in ("clearml", "aim", "comet_ml") if not is_installed(name))
     message = f"The tracker '{missing}' needs a package that is not installed: pip install {missing}"
     with pytest.raises(TrackerError, match=message):
-        check_trackers([missing], tmp_path)
+        check_trackers([missing], tmp_path, accelerator)
     with pytest.raises(TrackerError, match=message):
         open_them(accelerator, [missing], tmp_path)
 
@@ -548,12 +548,12 @@ def test_a_directory_of_the_name_of_a_package_is_no_package(tmp_path: Path, monk
     assert is_installed("tensorboard")
 
 
-def test_tensorboard_needs_a_directory() -> None:
+def test_tensorboard_needs_a_directory(accelerator: Accelerator) -> None:
     with pytest.raises(
         TrackerError, match=r"'tensorboard' needs a directory: give the trainer a run_dir, .*logging_dir"
     ):
-        check_trackers("tensorboard", None)
-    check_trackers({"tensorboard": {"logging_dir": "logs"}}, None)
+        check_trackers("tensorboard", None, accelerator)
+    check_trackers({"tensorboard": {"logging_dir": "logs"}}, None, accelerator)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ from pytorch_accelerated.trackers.media import as_plain
 from pytorch_accelerated.tracking import RunCounters
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from pytorch_accelerated.checkpoint import Checkpoint
     from pytorch_accelerated.trainer import Trainer
 
@@ -48,6 +50,7 @@ class RecordingCallback(TrainerCallback):
 
     def __init__(
         self,
+        accelerator: Accelerator,
         options: RunDirectory | None,
         trackers: Iterable[Any] | Mapping[Any, Mapping[str, Any]],
         log_every: int | timedelta,
@@ -56,6 +59,7 @@ class RecordingCallback(TrainerCallback):
         """Take what the trainer was given.
 
         Args:
+            accelerator: whose own directory, and trackers that are started already, will do for what needs such.
             options: where the run directory is to be; None for none.
             trackers: names of trackers, with or without arguments for each, or trackers.
             log_every: updates, or time, between two rows.
@@ -68,7 +72,7 @@ class RecordingCallback(TrainerCallback):
         """
         self._every, self._seconds_between = _as_interval(log_every)
         self._config = _as_mapping(config)
-        check_trackers(trackers, None if options is None else Path(options.path))
+        check_trackers(trackers, None if options is None else Path(options.path), accelerator)
         self._options = options
         self._wanted = trackers
         self.run_dir: Path | None = None

@@ -39,7 +39,7 @@ _PACKAGES = {
 Wanted = Iterable[Any] | Mapping[Any, Mapping[str, Any] | None] | str
 
 
-def check_trackers(trackers: Wanted, directory: Path | None, accelerator: Accelerator | None = None) -> None:
+def check_trackers(trackers: Wanted, directory: Path | None, accelerator: Accelerator) -> None:
     """Refuse what cannot be opened, without connecting anywhere.
 
     Args:
@@ -150,12 +150,11 @@ def _prepare_one(item: Any, options: Mapping[str, Any]) -> Tracker:
     return _CLASSES.get(name, AccelerateTracker)(name, options)
 
 
-def _check(tracker: AccelerateTracker, directory: Path | None, accelerator: Accelerator | None) -> None:
+def _check(tracker: AccelerateTracker, directory: Path | None, accelerator: Accelerator) -> None:
     name = tracker.name
-    if accelerator is not None:
-        if find_started(accelerator, name) is not None:
-            return
-        directory = directory or accelerator.logging_dir
+    if find_started(accelerator, name) is not None:
+        return
+    directory = directory or accelerator.logging_dir
     if name in _PACKAGES and not is_installed(name):
         raise TrackerError(f"The tracker {name!r} needs a package that is not installed: pip install {_PACKAGES[name]}")
     needs_directory = LOGGER_TYPE_TO_CLASS[name].requires_logging_directory
